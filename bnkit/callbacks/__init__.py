@@ -1,0 +1,5 @@
+"""bnkit for PyTorch Lightning: thin callbacks that say when; the functions that they call say how."""
+
+from bnkit.callbacks.recalibration import BatchNormRecalibration
+
+__all__ = ["BatchNormRecalibration"]

@@ -1,0 +1,193 @@
+"""BatchNormRecalibration: validate, and save, by the statistics of the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from bnkit.callbacks.order import run_after_other_callbacks
+from bnkit.callbacks.training_data import TrainingData
+from bnkit.feeding import Forward, default_forward
+from bnkit.layers import batch_norm_layers, tracks_statistics
+from bnkit.recalibration import check_arguments, recalibrate
+from bnkit.report import RecalibrationReport
+
+try:
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    _AVERAGING: tuple[type[Callback], ...] = (StochasticWeightAveraging, WeightAveraging)
+except ImportError:  # Lightning before 2.6
+    _AVERAGING = (StochasticWeightAveraging,)
+
+__all__ = ["BatchNormRecalibration"]
+
+
+class BatchNormRecalibration(Callback):
+    """Recalibrates the running statistics before each validation in fit, and at the end of fit.
+
+    The model is validated, and by the checkpoints that follow saved, with the statistics of the training data under the
+    weights that it has then, averaged weights included (``WeightAveraging``, ``EMAWeightAveraging``,
+    ``StochasticWeightAveraging``); the order in which the callbacks are listed does not matter. The trained weights are
+    bit-identical to those without the callback: running statistics take no part in a training step.
+
+    The pass over the training data is its own: it builds new loaders over the same data sets, sends batches through
+    the transfer hooks and the precision context, and runs ``LightningModule.forward``. The sanity check, ``validate``
+    and ``test`` recalibrate nothing: a checkpoint brings its statistics along. It logs
+    ``bn/recalibration_shift_median`` and ``bn/recalibration_shift_worst`` (how far the running means were off, by
+    layer, in running standard deviations), ``bn/recalibration_samples`` and ``bn/recalibration_seconds``.
+
+    Args:
+        every_n_epochs: recalibrate in the validations of every n-th epoch; 0: before none.
+        every_n_steps: instead, recalibrate in validations at least n optimizer steps after the last recalibration.
+        at_fit_end: recalibrate when training ends too, if weights or statistics may have changed since the last time.
+        dataloader: a loader, or a function that returns one, to use instead of the training data, say without
+            augmentation. It is rebuilt as the training loader would be; under DDP every rank takes its share.
+        forward: how to run the module on a batch; default: its ``forward`` on a tensor, the first item of a tuple or
+            list, or a dict as keyword arguments.
+        max_samples, tolerance, prior_samples, consistency, on_nonfinite, progress: see :func:`bnkit.recalibrate`.
+
+    Attributes:
+        report: the :class:`bnkit.RecalibrationReport` of the last recalibration; None before the first.
+
+    Raises:
+        ValueError: an argument out of its range.
+        MisconfigurationException: in fit, with a strategy that shards parameters (FSDP, DeepSpeed, model parallel), or
+            a training loader that cannot be rebuilt.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[BatchNormRecalibration(max_samples=20_000)], logger=False)
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        at_fit_end: bool = True,
+        dataloader: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
+        forward: Forward | None = None,
+        max_samples: int | None = 10_000,
+        tolerance: float | None = None,
+        prior_samples: float = 0,
+        consistency: Literal["batch", "population"] = "batch",
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        progress: bool = False,
+    ) -> None:
+        check_arguments(max_samples, tolerance, prior_samples, consistency, on_nonfinite)
+        if every_n_epochs < 0:
+            raise ValueError(f"every_n_epochs must be 0 (never) or more, but is {every_n_epochs!r}.")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, but is {every_n_steps!r}.")
+        if every_n_epochs == 0 and every_n_steps is None and not at_fit_end:
+            raise ValueError("every_n_epochs=0 with at_fit_end=False would never recalibrate: leave the callback out.")
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.at_fit_end = at_fit_end
+        self.report: RecalibrationReport | None = None
+        self._dataloader = dataloader
+        self._forward = forward
+        self._options: dict[str, Any] = {
+            "max_samples": max_samples,
+            "tolerance": tolerance,
+            "prior_samples": prior_samples,
+            "consistency": consistency,
+            "on_nonfinite": on_nonfinite,
+            "progress": progress,
+        }
+        self._last_step = 0
+        self._done_at: int | None = None
+        self._due = False
+        self._frozen: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the strategy, and see to it that averaged weights are in place when this callback runs."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"BatchNormRecalibration cannot read layers whose parameters are sharded by "
+                f"{type(trainer.strategy).__name__}: train with DDP, or leave the callback out."
+            )
+        run_after_other_callbacks(self, trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if there is nothing to do."""
+        self._done_at = None
+        if not any(tracks_statistics(layer) for layer in batch_norm_layers(pl_module).values()):
+            rank_zero_warn(
+                f"BatchNormRecalibration has nothing to do: {type(pl_module).__name__} has no BatchNorm layers that "
+                "track running statistics."
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Note which layers training holds frozen: in a validation all of them are in evaluation mode."""
+        self._frozen = {name for name, layer in batch_norm_layers(pl_module).items() if not layer.training}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decide whether this validation is one to recalibrate before."""
+        self._due = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._is_time(trainer)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Recalibrate before the first batch: after every callback and the module have put their weights in place."""
+        if self._due:
+            self._due = False
+            self._recalibrate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Recalibrate the final weights, which an averaging callback may have just put in place."""
+        averaged = any(isinstance(callback, _AVERAGING) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if self.at_fit_end and (averaged or self._done_at != trainer.global_step):
+            self._recalibrate(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where ``every_n_steps`` counts from."""
+        return {"last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore where ``every_n_steps`` counts from."""
+        self._last_step = state_dict["last_step"]
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        if self.every_n_steps is not None:
+            return trainer.global_step - self._last_step >= self.every_n_steps
+        return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        layers = batch_norm_layers(pl_module)
+        if not any(tracks_statistics(layer) for layer in layers.values()):
+            return  # on_fit_start has said so
+        loader = self._dataloader() if callable(self._dataloader) else self._dataloader
+
+        def forward(model: nn.Module, batch: Any) -> Any:
+            with trainer.precision_plugin.forward_context():
+                return (self._forward or default_forward)(model, batch)
+
+        self.report = recalibrate(
+            pl_module,
+            TrainingData(trainer, pl_module, loader),
+            forward=forward,
+            frozen=self._frozen & layers.keys(),
+            **self._options,
+        )
+        self._last_step = self._done_at = trainer.global_step
+        self._log(trainer, self.report)
+
+    def _log(self, trainer: Trainer, report: RecalibrationReport) -> None:
+        metrics = {
+            "bn/recalibration_shift_median": report.median_shift,
+            "bn/recalibration_shift_worst": report.worst.shift if report.worst else float("nan"),
+            "bn/recalibration_samples": float(report.samples),
+            "bn/recalibration_seconds": report.seconds,
+        }
+        for logger in trainer.loggers:
+            # Lightning's own x axis, which with several optimizers is not the global step.
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -1,0 +1,189 @@
+"""observe(): what each BatchNorm layer normalised, read from the layer itself where it has computed it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnkit import ranks
+from bnkit.layers import batch_norm_layers, keeps_forward, tracks_statistics
+from bnkit.moments import Moments, to_float64
+
+__all__ = ["Observation", "Reading", "Source", "eager", "observe", "reading"]
+
+Source = Literal["layer", "input"]
+
+
+class Reading(NamedTuple):
+    """What one call of a layer normalised, still on the layer's device."""
+
+    source: Source
+    values: int  # per channel, on this rank
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), biased
+    group_size: int  # ranks whose values are in mean and var: more than 1 for a synchronized layer
+
+    def moments(self) -> Moments:
+        """As Moments. A synchronized batch is in every rank's reading: each rank claims its share of it."""
+        var = self.var.clamp_min(0)
+        return Moments(self._scalar(self.values), self.mean, var, batches=self._scalar(1 / self.group_size))
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64)
+
+
+class Observation(dict[str, Moments]):
+    """Layer name -> Moments of the forwards since entry; a layer that was not reached has no entry.
+
+    Attributes:
+        sources: layer name -> ``"layer"`` (read from the layer's own batch statistics) or ``"input"`` (reduced from its
+            input). Where both occurred, the last.
+        unseen: names of the BatchNorm layers that were not reached (yet).
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.sources: dict[str, Source] = {}
+        self._names = names
+
+    @property
+    def unseen(self) -> list[str]:
+        """Names of the BatchNorm layers that no forward has reached since entry."""
+        return [name for name in self._names if name not in self]
+
+
+@contextmanager
+def observe(model: nn.Module, *, exact: bool = False) -> Iterator[Observation]:
+    """Observe what every BatchNorm layer normalises during the forwards inside the ``with`` block.
+
+    In training mode a layer computes its batch's statistics: they are read from what autograd saved of them, and cost
+    nothing to speak of. Where nothing was saved (evaluation mode, ``torch.no_grad()``, statistics of half precision, a
+    synchronized layer, a subclass with a forward of its own) the layer's input is reduced in float64.
+    ``.sources`` says which was used. A compiled model runs eagerly inside the block, since hooks do not reach compiled
+    code. Forwards that activation checkpointing repeats during the backward pass are not counted again.
+
+    The model is left as it is: running statistics, modes and random states are those of a run without observation.
+
+    Args:
+        model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        exact: reduce every layer's input, also where the layer's own statistics could be read.
+
+    Yields:
+        A dict of layer name -> :class:`Moments` of all forwards since entry, this rank's share; pool over ranks with
+        :meth:`Moments.all_reduce`. A synchronized layer's statistics are its group's, its count is this rank's.
+
+    Raises:
+        TypeError: for a scripted model.
+        ValueError: for a model with lazy layers.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        >>> with observe(model) as seen:
+        ...     _ = model(torch.randn(32, 4))
+        >>> seen["1"].count.item(), seen.sources["1"]
+        (32.0, 'layer')
+    """
+    layers = batch_norm_layers(model)
+    seen = Observation(tuple(layers))
+
+    def record(name: str, read: Reading) -> None:
+        moments = read.moments()
+        seen[name] = seen[name] + moments if name in seen else moments
+        seen.sources[name] = read.source
+
+    with eager(), reading(layers, record, by_input=lambda _: exact):
+        yield seen
+
+
+@contextmanager
+def reading(
+    layers: Mapping[str, _BatchNorm],
+    record: Callable[[str, Reading], None],
+    *,
+    by_input: Callable[[str], bool] = lambda _: False,
+) -> Iterator[None]:
+    """Call ``record`` with a :class:`Reading` after every call of these layers, until the block ends.
+
+    Args:
+        layers: the layers by name.
+        record: called with the layer's name and what it normalised.
+        by_input: asked at every call: reduce this layer's input, even if its own statistics could be read?
+    """
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            # First among the layer's hooks: another may replace the output.
+            hook = layer.register_forward_hook(_hook(name, record, by_input), with_kwargs=True, prepend=True)
+            hooks.callback(hook.remove)
+        yield
+
+
+def _hook(
+    name: str, record: Callable[[str, Reading], None], by_input: Callable[[str], bool]
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        assert isinstance(layer, _BatchNorm)
+        read = _read(layer, args, kwargs, output, by_input(name))
+        if read is not None:
+            record(name, read)
+
+    return hook
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Run compiled models eagerly inside the block, without a recompilation afterwards.
+
+    Hooks that are added after a module's first compiled call never fire; in eager mode they do.
+    """
+    # Nothing has been compiled where dynamo, slow to import, has not been imported.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@torch.no_grad()
+def _read(
+    layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, by_input: bool
+) -> Reading | None:
+    """What this call of the layer normalised; None where that cannot be known, or was read before."""
+    x = args[0] if args else kwargs.get("input")
+    if _in_backward() or not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
+        return None
+    count = x.numel() // x.shape[1]
+    own = None if by_input else _own_statistics(layer, output)
+    if own is None:
+        moments = Moments.of(x)
+        return Reading("input", count, moments.mean, moments.var, 1)
+    mean, var, unbiased = own
+    size = ranks.world_size(layer.process_group) if isinstance(layer, nn.SyncBatchNorm) else 1
+    together = count * size
+    return Reading("layer", count, mean, var * ((together - 1) / together) if unbiased else var, size)
+
+
+def _own_statistics(layer: _BatchNorm, output: Any) -> tuple[Tensor, Tensor, bool] | None:
+    """Mean, variance and whether that is unbiased, where the call has left its batch's statistics to be read."""
+    if not (layer.training and keeps_forward(layer)):
+        return None
+    if tracks_statistics(layer) and layer.momentum == 1:
+        # The update kept nothing of what was there before. The next call will overwrite it: copy.
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        mean, var, unbiased = layer.running_mean.clone(), layer.running_var.clone(), True
+    else:
+        # What autograd saved for the backward pass. (The step of the running average would tell too, but what a batch
+        # adds to it drowns in its rounding where the batch's variance is small beside the average.)
+        saved = [getattr(getattr(output, "grad_fn", None), name, None) for name in ("_saved_result1", "_saved_result2")]
+        if not all(isinstance(tensor, Tensor) and tensor.shape == (layer.num_features,) for tensor in saved):
+            return None
+        mean, inverse_std = (tensor.clone() for tensor in saved if tensor is not None)
+        var, unbiased = to_float64(inverse_std).pow(-2) - layer.eps, False
+    # Half-precision statistics are off by several per cent.
+    return (mean, var, unbiased) if mean.dtype in (torch.float32, torch.float64) else None
+
+
+def _in_backward() -> bool:
+    """Whether the backward pass is running, which repeats the forwards of checkpointed parts."""
+    return torch._C._current_graph_task_id() != -1

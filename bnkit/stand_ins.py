@@ -1,0 +1,43 @@
+"""What stands in for a layer whose own forward cannot run here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnkit import ranks
+
+__all__ = ["stand_ins", "waits_for_ranks"]
+
+
+@contextmanager
+def stand_ins(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
+    """Let ``torch.nn.SyncBatchNorm`` layers on the CPU normalise by this process's batch: torch's own refuse to."""
+    synchronized = [layer for layer in layers.values() if type(layer) is nn.SyncBatchNorm and _on_cpu(layer)]
+    try:
+        for layer in synchronized:
+            layer.__class__ = _LocalBatchNorm  # type: ignore[assignment]
+        yield
+    finally:
+        for layer in synchronized:
+            layer.__class__ = nn.SyncBatchNorm
+
+
+class _LocalBatchNorm(_BatchNorm):
+    """BatchNorm of any rank >= 2, in the place of a synchronized one."""
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  (torch's name)
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+def _on_cpu(layer: _BatchNorm) -> bool:
+    return layer.running_mean is not None and layer.running_mean.device.type == "cpu"
+
+
+def waits_for_ranks(layer: _BatchNorm) -> bool:
+    """Whether the layer's forward waits for other ranks."""
+    return isinstance(layer, nn.SyncBatchNorm) and not _on_cpu(layer) and ranks.world_size(layer.process_group) > 1

@@ -1,0 +1,133 @@
+"""The running totals of one pass over the data: what recalibration pools, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnkit.layers import keeps_forward
+from bnkit.moments import Moments
+from bnkit.observation import Reading, Source
+
+__all__ = ["Reached", "Totals"]
+
+# A layer's own batch statistics are used where they agree with float64 ones to this: the variance relatively, the mean
+# in standard deviations. Kernels accumulate in float32; far from 0, or over many values, some of them are worse.
+_VAR_AGREEMENT = 5e-7
+_MEAN_AGREEMENT = 1e-4
+
+
+class Reached(BaseException):
+    """Raised to end a forward once its layer has been reached; no ``except Exception`` of a model stops it."""
+
+
+class Totals:
+    """The running totals of one pass on this rank, and the readings of the current batch."""
+
+    def __init__(self, layers: Mapping[str, _BatchNorm], ends_forward: bool) -> None:
+        self.layers = layers
+        self.sources: dict[str, Source] = {}
+        self.pooled = Moments.cat([Moments.empty(layer.num_features) for layer in layers.values()])
+        self.channels = torch.tensor([layer.num_features for layer in layers.values()])
+        self._readings: dict[str, list[Reading]] = {}
+        self._latest: dict[str, Reading] = {}
+        self._batch: tuple[Tensor, Tensor] | None = None
+        self._own_is_good: dict[str, bool] = {}
+        self._ends_forward = ends_forward
+        self._clear()
+
+    def wants_input(self, name: str) -> bool:
+        """A layer's first batch is reduced in float64, to see whether its own statistics are good enough."""
+        return not self._own_is_good.get(name, False)
+
+    def record(self, name: str, read: Reading) -> None:
+        """Take note of one call of a layer in the current batch."""
+        self._readings.setdefault(name, []).append(read)
+        self._latest[name] = read
+        if self._ends_forward:
+            raise Reached
+
+    def begin(self) -> None:
+        """Start a batch."""
+        self._readings = {}
+        self._batch = None
+
+    def nonfinite(self) -> str | None:
+        """The first layer, in the order of the forward, with a statistic of this batch that is not finite."""
+        means, variances = self._gathered()
+        if bool(torch.isfinite(means).all() & torch.isfinite(variances).all()):
+            return None
+        return next(
+            name
+            for name, reads in self._readings.items()
+            for read in reads
+            if not bool(torch.isfinite(read.mean).all() & torch.isfinite(read.var).all())
+        )
+
+    def add(self) -> None:
+        """Add this batch to the totals: one packed transfer, one pooling for all layers."""
+        reads = [self._one(name) for name in self.layers]
+        per_layer = torch.tensor(
+            [(read.values, 1 / read.group_size) if read else (0, 0) for read in reads], dtype=torch.float64
+        )
+        count, share = per_layer.repeat_interleave(self.channels, dim=0).unbind(1)
+        self.pooled += Moments(count, *self._gathered(), batches=share)
+        for name in [name for name in self._readings if name not in self._own_is_good]:
+            self._own_is_good[name] = _agrees(self.layers[name], self._latest[name])
+
+    def discard(self) -> None:
+        """Forget this batch; with momentum 1 a NaN would otherwise stay (0 times NaN is NaN)."""
+        self._clear()
+
+    def _clear(self) -> None:
+        for layer in self.layers.values():
+            if layer.training:
+                layer.running_mean.zero_()  # type: ignore[union-attr]
+                layer.running_var.zero_()  # type: ignore[union-attr]
+
+    def _one(self, name: str) -> Reading | None:
+        """All calls of a layer in this batch as one reading: they are parts of one batch."""
+        reads = self._readings.get(name)
+        if not reads:
+            return None
+        self.sources[name] = reads[-1].source
+        if len(reads) > 1:
+            pooled = Moments.pool([read.moments().to("cpu") for read in reads])
+            merged = Reading(
+                reads[-1].source, sum(read.values for read in reads), pooled.mean, pooled.var, reads[-1].group_size
+            )
+            self._readings[name] = [merged]
+        return self._readings[name][0]
+
+    def _gathered(self) -> tuple[Tensor, Tensor]:
+        """Means and variances of all layers one after the other, in float64 on the CPU; 0 for a layer not reached."""
+        if self._batch is None:
+            pairs = []
+            for name, layer in self.layers.items():
+                read = self._one(name)
+                nothing = torch.zeros(layer.num_features, dtype=torch.float64)
+                pairs.append((read.mean, read.var) if read else (nothing, nothing))
+            flat = [tensor for pair in zip(*pairs, strict=True) for tensor in pair]
+            if len({tensor.device for tensor in flat}) > 1:
+                flat = [tensor.cpu() for tensor in flat]
+            means, variances = torch.cat(flat).cpu().double().chunk(2)
+            self._batch = means, variances.clamp_min(0)
+        return self._batch
+
+
+def _agrees(layer: _BatchNorm, exact: Reading) -> bool:
+    """Whether the statistics that the layer itself has just computed are those of its input, reduced in float64."""
+    if not (layer.training and keeps_forward(layer)):
+        return False
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    mean, var = layer.running_mean.cpu().double(), layer.running_var.cpu().double()
+    var = var * ((exact.values - 1) / exact.values)
+    exact_mean, exact_var = exact.mean.cpu(), exact.var.cpu()
+    return bool(
+        ((var - exact_var).abs() <= _VAR_AGREEMENT * exact_var).all()
+        & ((mean - exact_mean).abs() <= _MEAN_AGREEMENT * exact_var.sqrt()).all()
+    )
