@@ -14,6 +14,8 @@ if HERE not in sys.path:
     sys.path.insert(0, HERE)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("WANDB_MODE", "offline")
+# OpenMP's threads do not survive a fork, and the tests fork: a forked process would wait for them for ever.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -146,7 +146,7 @@ def test_a_compiled_model_is_seen_and_named_as_its_original():
 
 def test_a_lazy_layer_is_seen_once_materialised():
     model = nn.Sequential(nn.LazyBatchNorm1d())
-    with pytest.raises(ValueError, match="'0'.*run one forward"), bnkit.observe(model):
+    with pytest.raises(ValueError, match=r"'0'.*run one forward"), bnkit.observe(model):
         pass
     model(torch.randn(4, 3))
     with bnkit.observe(model) as seen:

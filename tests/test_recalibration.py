@@ -374,9 +374,14 @@ def test_what_was_there_before_can_be_put_back_for_a_while():
     old = {name: buffer.clone() for name, buffer in model.named_buffers()}
     report = bnkit.recalibrate(model, data)
     new = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with pytest.raises(KeyboardInterrupt), bnkit.running_statistics(model, report.before):
-        assert all(torch.equal(buffer, old[name]) for name, buffer in model.named_buffers())
-        raise KeyboardInterrupt
+
+    def look_and_stop():
+        with bnkit.running_statistics(model, report.before):
+            assert all(torch.equal(buffer, old[name]) for name, buffer in model.named_buffers())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        look_and_stop()
     assert all(torch.equal(buffer, new[name]) for name, buffer in model.named_buffers())
 
 

@@ -1,4 +1,4 @@
-"""A recalibration that does not end well has changed nothing; one that does has changed the running statistics alone."""
+"""A recalibration that fails has changed nothing; one that succeeds, the running statistics alone."""
 
 import random
 

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -67,7 +67,7 @@ class TrainingData:
                 limit = self.trainer.num_training_batches
         if isinstance(loader, CombinedLoader):
             loader, mode = loader.iterables, loader._mode
-        if isinstance(loader, dict | list | tuple):
+        if any(isinstance(leaf, DataLoader) for leaf in tree_leaves(loader)) and not isinstance(loader, DataLoader):
             parts = CombinedLoader(tree_map(self._own, loader, is_leaf=lambda leaf: isinstance(leaf, DataLoader)), mode)  # type: ignore[arg-type]
             batches: Iterator[Any] = (batch for batch, _, _ in parts)
         else:
@@ -112,14 +112,14 @@ class TrainingData:
         if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
             return DataLoader(
                 loader.dataset,
-                batch_sampler=_copy(loader.batch_sampler, "batch sampler", loader.dataset),
+                batch_sampler=_rewound(_copy(loader.batch_sampler, "batch sampler", loader.dataset)),
                 **settings,
             )
         if not _is_plain(sampler):
             return DataLoader(
                 loader.dataset,
                 batch_size=loader.batch_size,
-                sampler=_copy(sampler, "sampler", loader.dataset),
+                sampler=_rewound(_copy(sampler, "sampler", loader.dataset)),
                 drop_last=loader.drop_last,
                 **settings,
             )
@@ -170,6 +170,15 @@ def _copy(value: Any, what: str, dataset: Any = None) -> Any:
             f"The {what} of the training loader ({type(value).__name__}) cannot be copied ({error}), and iterating it "
             f"would disturb training: {_CURE}."
         ) from error
+
+
+def _rewound(sampler: Any) -> Any:
+    """The sampler at the beginning of an epoch: a resumable one was copied in the middle, or at the end, of one."""
+    if hasattr(sampler, "__len__"):
+        # One more than there are, so that it notices the end.
+        for _ in itertools.islice(sampler, len(sampler) + 1):
+            pass
+    return sampler
 
 
 class _training_stage:  # noqa: N801  (used as a function)
