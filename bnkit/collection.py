@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnkit import ranks
 from bnkit.feeding import Forward, feed, samples_in
 from bnkit.moments import Moments
-from bnkit.observation import Reading, Source, reading
+from bnkit.observation import Source, reading
 from bnkit.stand_ins import waits_for_ranks
 from bnkit.totals import Reached, Totals
 
@@ -118,7 +118,7 @@ class Collector:
         """The layers in the order in which a forward of the first batch reaches them -> calls in that forward."""
         calls: dict[str, int] = {}
 
-        def count(name: str, _: Reading) -> None:
+        def count(name: str, *_: object) -> None:
             calls[name] = calls.get(name, 0) + 1
 
         for module in self.model.modules():

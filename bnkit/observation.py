@@ -15,7 +15,7 @@ from bnkit import ranks
 from bnkit.layers import batch_norm_layers, keeps_forward, tracks_statistics
 from bnkit.moments import Moments, to_float64
 
-__all__ = ["Observation", "Reading", "Source", "eager", "observe", "reading"]
+__all__ = ["Observation", "Reading", "Record", "Source", "eager", "observe", "reading", "reduced"]
 
 Source = Literal["layer", "input"]
 
@@ -36,6 +36,9 @@ class Reading(NamedTuple):
 
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64)
+
+
+Record = Callable[[str, Reading, Tensor], None]
 
 
 class Observation(dict[str, Moments]):
@@ -92,7 +95,7 @@ def observe(model: nn.Module, *, exact: bool = False) -> Iterator[Observation]:
     layers = batch_norm_layers(model)
     seen = Observation(tuple(layers))
 
-    def record(name: str, read: Reading) -> None:
+    def record(name: str, read: Reading, _: Tensor) -> None:
         moments = read.moments()
         seen[name] = seen[name] + moments if name in seen else moments
         seen.sources[name] = read.source
@@ -104,7 +107,7 @@ def observe(model: nn.Module, *, exact: bool = False) -> Iterator[Observation]:
 @contextmanager
 def reading(
     layers: Mapping[str, _BatchNorm],
-    record: Callable[[str, Reading], None],
+    record: Record,
     *,
     by_input: Callable[[str], bool] = lambda _: False,
 ) -> Iterator[None]:
@@ -112,7 +115,7 @@ def reading(
 
     Args:
         layers: the layers by name.
-        record: called with the layer's name and what it normalised.
+        record: called with the layer's name, what it normalised, and its input.
         by_input: asked at every call: reduce this layer's input, even if its own statistics could be read?
     """
     with ExitStack() as hooks:
@@ -124,13 +127,14 @@ def reading(
 
 
 def _hook(
-    name: str, record: Callable[[str, Reading], None], by_input: Callable[[str], bool]
+    name: str, record: Record, by_input: Callable[[str], bool]
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert isinstance(layer, _BatchNorm)
-        read = _read(layer, args, kwargs, output, by_input(name))
-        if read is not None:
-            record(name, read)
+        x = args[0] if args else kwargs.get("input")
+        if _in_backward() or not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
+            return  # repeated by activation checkpointing, or nothing that can be known
+        record(name, _read(layer, x, output, by_input(name)), x)
 
     return hook
 
@@ -144,23 +148,23 @@ def eager() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
+def reduced(x: Tensor) -> Reading:
+    """A reading of the input itself, in float64."""
+    moments = Moments.of(x)
+    return Reading("input", x.numel() // x.shape[1], moments.mean, moments.var, 1)
+
+
 @torch.no_grad()
-def _read(
-    layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, by_input: bool
-) -> Reading | None:
-    """What this call of the layer normalised; None where that cannot be known, or was read before."""
-    x = args[0] if args else kwargs.get("input")
-    if _in_backward() or not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
-        return None
-    count = x.numel() // x.shape[1]
+def _read(layer: _BatchNorm, x: Tensor, output: Any, by_input: bool) -> Reading:
+    """What this call of the layer normalised."""
     own = None if by_input else _own_statistics(layer, output)
     if own is None:
-        moments = Moments.of(x)
-        return Reading("input", count, moments.mean, moments.var, 1)
+        return reduced(x)
     mean, var, unbiased = own
+    values = x.numel() // x.shape[1]
     size = ranks.world_size(layer.process_group) if isinstance(layer, nn.SyncBatchNorm) else 1
-    together = count * size
-    return Reading("layer", count, mean, var * ((together - 1) / together) if unbiased else var, size)
+    together = values * size
+    return Reading("layer", values, mean, var * ((together - 1) / together) if unbiased else var, size)
 
 
 def _own_statistics(layer: _BatchNorm, output: Any) -> tuple[Tensor, Tensor, bool] | None:

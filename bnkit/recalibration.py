@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -141,7 +141,7 @@ def _layer_by_layer(
     prior_samples: float,
 ) -> tuple[Collected, dict[str, tuple[Tensor, Tensor]], int]:
     """consistency="population": each layer with everything upstream at its final statistics."""
-    if iter(collector.batches) is collector.batches:
+    if isinstance(collector.batches, Iterator):
         raise ValueError(
             'consistency="population" goes over the data once for each layer, but an iterator can be used only once: '
             "pass a list or a DataLoader."

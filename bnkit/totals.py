@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnkit.layers import keeps_forward
 from bnkit.moments import Moments
-from bnkit.observation import Reading, Source
+from bnkit.observation import Reading, Source, reduced
 
 __all__ = ["Reached", "Totals"]
 
@@ -18,6 +17,9 @@ __all__ = ["Reached", "Totals"]
 # in standard deviations. Kernels accumulate in float32; far from 0, or over many values, some of them are worse.
 _VAR_AGREEMENT = 5e-7
 _MEAN_AGREEMENT = 1e-4
+# They are not even checked for a mean within this many standard deviations of 0, and sums of so few values.
+_NEAR_ZERO = 30
+_SHORT_SUM = 512
 
 
 class Reached(BaseException):
@@ -33,20 +35,26 @@ class Totals:
         self.pooled = Moments.cat([Moments.empty(layer.num_features) for layer in layers.values()])
         self.channels = torch.tensor([layer.num_features for layer in layers.values()])
         self._readings: dict[str, list[Reading]] = {}
-        self._latest: dict[str, Reading] = {}
         self._batch: tuple[Tensor, Tensor] | None = None
         self._own_is_good: dict[str, bool] = {}
         self._ends_forward = ends_forward
         self._clear()
 
     def wants_input(self, name: str) -> bool:
-        """A layer's first batch is reduced in float64, to see whether its own statistics are good enough."""
-        return not self._own_is_good.get(name, False)
+        """Whether the layer's own statistics are known to be not exact enough."""
+        return not self._own_is_good.get(name, True)
 
-    def record(self, name: str, read: Reading) -> None:
+    def record(self, name: str, read: Reading, x: Tensor) -> None:
         """Take note of one call of a layer in the current batch."""
+        if read.source == "layer" and name not in self._own_is_good:
+            # Once a layer: the batches of one layer are alike. (Where they are not, the variance between them, which is
+            # pooled in float64, outweighs what the kernel loses.)
+            self._own_is_good[name] = True
+            if read.group_size == 1 and _is_doubtful(read, x):
+                exact = reduced(x)
+                self._own_is_good[name] = _agrees(read, exact)
+                read = exact
         self._readings.setdefault(name, []).append(read)
-        self._latest[name] = read
         if self._ends_forward:
             raise Reached
 
@@ -75,8 +83,6 @@ class Totals:
         )
         count, share = per_layer.repeat_interleave(self.channels, dim=0).unbind(1)
         self.pooled += Moments(count, *self._gathered(), batches=share)
-        for name in [name for name in self._readings if name not in self._own_is_good]:
-            self._own_is_good[name] = _agrees(self.layers[name], self._latest[name])
 
     def discard(self) -> None:
         """Forget this batch; with momentum 1 a NaN would otherwise stay (0 times NaN is NaN)."""
@@ -118,15 +124,19 @@ class Totals:
         return self._batch
 
 
-def _agrees(layer: _BatchNorm, exact: Reading) -> bool:
-    """Whether the statistics that the layer itself has just computed are those of its input, reduced in float64."""
-    if not (layer.training and keeps_forward(layer)):
-        return False
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    mean, var = layer.running_mean.cpu().double(), layer.running_var.cpu().double()
-    var = var * ((exact.values - 1) / exact.values)
-    exact_mean, exact_var = exact.mean.cpu(), exact.var.cpu()
+def _is_doubtful(own: Reading, x: Tensor) -> bool:
+    """Whether the layer's own statistics may be less exact than they should be, and are worth a check.
+
+    Those of a tensor in (N, C, ...) order on the CPU are sums in float64. Other kernels sum in float32: in doubt where
+    the sums are long, and everywhere on a device that we know less of.
+    """
+    if x.device.type != "cpu" or bool((own.mean.square() > _NEAR_ZERO**2 * own.var).any()):
+        return True
+    return own.values > _SHORT_SUM and (x.ndim == 2 or not x.is_contiguous())
+
+
+def _agrees(own: Reading, exact: Reading) -> bool:
+    mean, var, exact_mean, exact_var = (t.cpu().double() for t in (own.mean, own.var, exact.mean, exact.var))
     return bool(
         ((var - exact_var).abs() <= _VAR_AGREEMENT * exact_var).all()
         & ((mean - exact_mean).abs() <= _MEAN_AGREEMENT * exact_var.sqrt()).all()

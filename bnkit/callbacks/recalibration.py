@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit.callbacks.order import run_after_other_callbacks
 from bnkit.callbacks.training_data import TrainingData
@@ -106,6 +107,7 @@ class BatchNormRecalibration(Callback):
         self._last_step = 0
         self._done_at: int | None = None
         self._due = False
+        self._layers: dict[str, _BatchNorm] = {}
         self._frozen: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -128,9 +130,13 @@ class BatchNormRecalibration(Callback):
                 "track running statistics."
             )
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look up the layers once, not after every batch."""
+        self._layers = batch_norm_layers(pl_module)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Note which layers training holds frozen: in a validation all of them are in evaluation mode."""
-        self._frozen = {name for name, layer in batch_norm_layers(pl_module).items() if not layer.training}
+        self._frozen = {name for name, layer in self._layers.items() if not layer.training}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether this validation is one to recalibrate before."""
