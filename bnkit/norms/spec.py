@@ -1,0 +1,157 @@
+"""What a spec is, and how it turns a torch BatchNorm into a variant and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["Context", "Spec", "Swapped", "original_class", "register_kind", "spec_of", "undo"]
+
+RECORD = "_bnkit_swapped"
+"""Name of the attribute that holds a swapped module's :class:`Swapped`. Not a part of the state_dict."""
+
+_TORCH: tuple[type[_BatchNorm], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_KINDS: dict[type[nn.Module], type[_BatchNorm]] = {kind: kind for kind in _TORCH}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a spec may need to know beside the layer.
+
+    Attributes:
+        device_batch: samples in one device's training batch; None where nobody knows.
+        world_size: number of ranks that train together.
+        convolution: the convolution whose output the layer normalises; None where there is none.
+    """
+
+    device_batch: int | None = None
+    world_size: int = 1
+    convolution: nn.Module | None = None
+
+
+@dataclass
+class Swapped:
+    """What :func:`undo` needs; a module that is not torch's own any more carries one.
+
+    Attributes:
+        original: the class that the module had.
+        spec: what it was swapped by.
+        kept: what the spec changed or noted beside the class.
+    """
+
+    original: type[nn.Module]
+    spec: Any
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+class Spec:
+    """How a BatchNorm layer should normalise. Subclasses are frozen dataclasses of plain, serialisable values.
+
+    A subclass names its layer classes and overrides what differs:
+
+    - ``check`` refuses, before anything has changed;
+    - ``attach`` adds what the layer needs beside its class, and returns what ``detach`` needs to take it away again;
+    - ``resolve`` picks another spec (None: plain BatchNorm) where the choice depends on the context.
+    """
+
+    layers: ClassVar[tuple[type[_BatchNorm], type[_BatchNorm], type[_BatchNorm]]]
+    """The variant's classes over BatchNorm1d, BatchNorm2d and BatchNorm3d."""
+
+    needs_running_statistics: ClassVar[bool] = False
+    needs_convolution: ClassVar[bool] = False
+
+    def resolve(self, context: Context) -> Spec | None:  # noqa: ARG002
+        """The spec to apply in this context; None for plain BatchNorm."""
+        return self
+
+    def check(self, layer: _BatchNorm, context: Context) -> None:  # noqa: ARG002
+        """Refuse a layer that cannot have this spec. Nothing has been changed yet.
+
+        Raises:
+            TypeError: for a layer whose class is not known, and for a convolution that cannot be swapped.
+            ValueError: for a layer without the running statistics that the spec works by.
+        """
+        _kind(layer)
+        if self.needs_running_statistics and layer.running_var is None:
+            raise ValueError(f"{self} works by running statistics: give the layer track_running_stats=True.")
+
+    def attach(self, layer: _BatchNorm, context: Context) -> dict[str, Any]:  # noqa: ARG002
+        """Add to the layer, before it has its new class, and return what ``detach`` needs."""
+        return {}
+
+    def detach(self, layer: _BatchNorm, kept: dict[str, Any]) -> None:
+        """Take away what ``attach`` added, while the layer still has its new class."""
+
+    def apply(self, layer: _BatchNorm, context: Context | None = None) -> None:
+        """Make the layer this variant, in place: its class changes, its parameters, buffers and hooks do not.
+
+        A layer that is a variant already is undone first, so that :func:`undo` always gives the first class back.
+
+        Raises:
+            TypeError, ValueError: as ``check`` and ``resolve``; the layer is then as it was.
+        """
+        context = context or Context()
+        spec = self.resolve(context)
+        if spec is None:
+            undo(layer)
+            return
+        spec.check(layer, context)
+        undo(layer)
+        variant = spec.layers[_TORCH.index(_kind(layer))]
+        setattr(layer, RECORD, Swapped(type(layer), spec, spec.attach(layer, context)))
+        layer.__class__ = variant
+
+
+def undo(module: nn.Module) -> bool:
+    """Give a swapped module its original class and attributes back, in place.
+
+    Returns:
+        Whether there was anything to undo.
+    """
+    record: Swapped | None = module.__dict__.get(RECORD)
+    if record is None:
+        return False
+    if isinstance(module, _BatchNorm):
+        record.spec.detach(module, record.kept)
+    module.__class__ = record.original
+    delattr(module, RECORD)
+    return True
+
+
+def spec_of(module: nn.Module) -> Spec | None:
+    """What the module was swapped by; None for a module that is as its author made it."""
+    record: Swapped | None = module.__dict__.get(RECORD)
+    return record.spec if record is not None and isinstance(record.spec, Spec) else None
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that :func:`undo` would give back."""
+    record: Swapped | None = module.__dict__.get(RECORD)
+    return type(module) if record is None else record.original
+
+
+def register_kind(layer_class: type[_BatchNorm], kind: type[_BatchNorm]) -> None:
+    """Let a class be swapped as if it were torch's ``kind``; :func:`undo` gives the class itself back.
+
+    Right only for a class whose forward is BatchNorm's own: whatever else its forward does is absent while swapped.
+
+    Raises:
+        ValueError: where ``kind`` is none of BatchNorm1d, BatchNorm2d and BatchNorm3d.
+    """
+    if kind not in _TORCH:
+        raise ValueError(f"A kind is nn.BatchNorm1d, nn.BatchNorm2d or nn.BatchNorm3d, not {kind.__name__}.")
+    _KINDS[layer_class] = kind
+
+
+def _kind(layer: nn.Module) -> type[_BatchNorm]:
+    """Which of torch's three classes the layer is, or was before it was swapped."""
+    cls = original_class(layer)
+    if cls not in _KINDS:
+        raise TypeError(
+            f"bnkit does not know what {cls.__module__}.{cls.__qualname__} does beside batch normalization, so it "
+            "cannot swap it: register the class if its forward is BatchNorm's own, or leave the layer out."
+        )
+    return _KINDS[cls]
