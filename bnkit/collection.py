@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit import ranks
 from bnkit.feeding import Forward, feed, samples_in
+from bnkit.layers import keeps_forward
 from bnkit.moments import Moments
 from bnkit.observation import Source, reading
 from bnkit.stand_ins import waits_for_ranks
@@ -66,7 +67,9 @@ class Collector:
             module.training = False
         for layer in layers.values():
             layer.training = calls is None or calls > 1
-            layer.momentum = 1.0  # an update then leaves the batch's statistics alone in the running ones
+            # An update by 1 leaves the batch's statistics alone in the running ones. An update by 0 leaves those alone,
+            # which another forward than torch's own may normalise by.
+            layer.momentum = 1.0 if keeps_forward(layer) else 0.0
         state = Totals(layers, ends_forward=calls == 1)
         lockstep = any(waits_for_ranks(layer) for layer in layers.values() if layer.training)
         samples = batches = skipped = skipped_samples = own_batches = 0

@@ -16,6 +16,7 @@ from bnkit import ranks
 from bnkit.collection import Collected, Collector
 from bnkit.feeding import Forward
 from bnkit.layers import batch_norm_layers, tracks_statistics, unwrap
+from bnkit.norms import Variant
 from bnkit.observation import eager
 from bnkit.preservation import preserved, random_states_preserved
 from bnkit.report import LayerReport, RecalibrationReport
@@ -112,7 +113,7 @@ def recalibrate(
         with eager(), random_states_preserved(model, batches), preserved(model), stand_ins(targets):
             if consistency == "batch":
                 collected, passes = collector.collect(targets), 1
-                after = _mix(before, collected, prior_samples)
+                after = _mix(collector, before, collected, prior_samples)
             else:
                 collected, after, passes = _layer_by_layer(collector, targets, before, prior_samples)
         kept |= {name: "not reached by the forward" for name in targets if name not in after}
@@ -153,20 +154,25 @@ def _layer_by_layer(
         # The same random states for each pass: the same order of the data, so the same samples.
         with random_states_preserved(collector.model, collector.batches):
             one = collector.collect({name: targets[name]}, calls, f"layer {number}/{len(order)}")
-        after |= _mix(before, one, prior_samples)
+        after |= _mix(collector, before, one, prior_samples)
         write_statistics(collector.model, {name: after.get(name, before[name])})
         total = one if total is None else total.with_layers_of(one)
     return total or Collected({}, {}, 0, 0, 0), after, len(order)
 
 
 def _mix(
-    before: Mapping[str, tuple[Tensor, Tensor]], collected: Collected, prior_samples: float
+    collector: Collector,
+    before: Mapping[str, tuple[Tensor, Tensor]],
+    collected: Collected,
+    prior_samples: float,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The statistics to write, in float64 on the CPU, of the layers that were reached."""
+    layers = batch_norm_layers(collector.model)
     weight = prior_samples / (prior_samples + collected.samples) if prior_samples else 0.0
     mixed = {}
     for name, seen in collected.layers.items():
-        pair = seen.mean, seen.var
+        layer = layers[name]
+        pair = layer.remembers(seen.mean, seen.var) if isinstance(layer, Variant) else (seen.mean, seen.var)
         if weight:
             old_pair = (old.double().cpu() for old in before[name])
             pair = tuple(torch.lerp(new, old, weight) for new, old in zip(pair, old_pair, strict=True))  # type: ignore[assignment]
@@ -201,7 +207,7 @@ def _choose(
     for name, layer in found.items():
         if not tracks_statistics(layer):
             kept[name] = "it does not track running statistics"
-        elif name in frozen:
+        elif name in frozen or (isinstance(layer, Variant) and layer.holds_statistics):
             kept[name] = "frozen"
         else:
             targets[name] = layer

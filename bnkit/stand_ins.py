@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit import ranks
+from bnkit.norms import Variant
 
 __all__ = ["stand_ins", "waits_for_ranks"]
 
@@ -39,5 +40,7 @@ def _on_cpu(layer: _BatchNorm) -> bool:
 
 
 def waits_for_ranks(layer: _BatchNorm) -> bool:
-    """Whether the layer's forward waits for other ranks."""
+    """Whether the layer's training forward waits for other ranks."""
+    if isinstance(layer, Variant):
+        return layer.waits_for_ranks and ranks.world_size() > 1
     return isinstance(layer, nn.SyncBatchNorm) and not _on_cpu(layer) and ranks.world_size(layer.process_group) > 1

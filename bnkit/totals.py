@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnkit.layers import keeps_forward
 from bnkit.moments import Moments
 from bnkit.observation import Reading, Source, reduced
 
@@ -90,7 +91,7 @@ class Totals:
 
     def _clear(self) -> None:
         for layer in self.layers.values():
-            if layer.training:
+            if layer.training and keeps_forward(layer):
                 layer.running_mean.zero_()  # type: ignore[union-attr]
                 layer.running_var.zero_()  # type: ignore[union-attr]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bnkit
-from bnkit import Moments
+from bnkit import Moments, norms
 
 pytestmark = pytest.mark.ddp
 
@@ -110,6 +110,35 @@ def _wrapped(rank, world_size):
 
 def test_a_model_in_distributed_data_parallel_is_looked_through():
     assert run(_wrapped, 2) == [(["bn1", "bn2"], 5)] * 2
+
+
+def _synchronized(rank, world_size, batches):
+    model, data = _sync_net(), _images()
+    mine = [batch[rank::world_size] for batch in data][: batches[rank]]
+    bnkit.recalibrate(model, mine)
+    return model.state_dict()
+
+
+def _sync_net():
+    torch.manual_seed(0)
+    model = ConvNet().double()
+    for layer in (model.bn1, model.bn2):
+        norms.Sync().apply(layer)
+    return model
+
+
+def _images():
+    return list(torch.randn(4, 6, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+
+
+def test_a_synchronized_layer_keeps_the_ranks_in_step_and_is_counted_once():
+    # Rank 1 runs out after two batches: a third forward of rank 0 would wait for it for ever.
+    results = run(_synchronized, 2, (3, 2))
+    alone = _sync_net()
+    bnkit.recalibrate(alone, _images()[:2])
+    for state in results:
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-12)
 
 
 def _failing(rank, world_size, where):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +22,21 @@ __all__ = [
     "gradient_sums",
     "normalize_by",
     "per_channel",
+    "uncompiled",
 ]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Variant(_BatchNorm):
     """A BatchNorm layer that was made from torch's own by a spec; see :meth:`bnkit.norms.Spec.apply`."""
+
+    holds_statistics: ClassVar[bool] = False
+    """Whether the running statistics are not to change: training normalises by them."""
+    waits_for_ranks: ClassVar[bool] = False
+    """Whether a training forward has a collective, in which every rank must take part."""
 
     @property
     def spec(self) -> Any:
@@ -88,6 +101,21 @@ class Scoped(Variant):
     def _normalize(self, input: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:  # noqa: A002
         """The output, and mean and unbiased variance of all samples seen; None where there is nothing to update."""
         raise NotImplementedError
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.compiler.disable``, without importing dynamo, which is as slow to import as torch itself."""
+    disabled: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:  # then nothing is compiled
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    return call
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

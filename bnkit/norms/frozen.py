@@ -18,6 +18,8 @@ __all__ = ["Frozen", "FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3
 class _Frozen(Variant):
     """Normalises by the running statistics in either mode; see :class:`Frozen`."""
 
+    holds_statistics = True
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """BatchNorm's inference, whatever the mode."""
         self._check_shape(input)

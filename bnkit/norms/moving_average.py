@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnkit.norms.base import Variant, accumulation_dtype, gradient_sums, normalize_by, per_channel
+from bnkit.norms.base import Variant, accumulation_dtype, gradient_sums, normalize_by, per_channel, uncompiled
 from bnkit.norms.convolution import centered, check_weights, swap_weights
 from bnkit.norms.spec import Context, Spec, undo
 
@@ -58,7 +58,7 @@ class _MovingAverage(Variant):
         output: Tensor = self._normalize(input)
         return output
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def _normalize(self, input: Tensor) -> Tensor:  # noqa: A002
         # Not compiled: a compiled backward pass loses what it writes to the window, and says nothing (torch 2.13).
         spec: MovingAverage = self.spec

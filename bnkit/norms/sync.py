@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit.norms import process_groups
-from bnkit.norms.base import Scoped, batch_statistics, gradient_sums, normalize_by, per_channel
+from bnkit.norms.base import Scoped, batch_statistics, gradient_sums, normalize_by, per_channel, uncompiled
 from bnkit.norms.spec import Context, Spec
 
 __all__ = ["Sync", "SyncBatchNorm1d", "SyncBatchNorm2d", "SyncBatchNorm3d", "pool_running_statistics"]
@@ -22,10 +22,12 @@ __all__ = ["Sync", "SyncBatchNorm1d", "SyncBatchNorm2d", "SyncBatchNorm3d", "poo
 class _Sync(Scoped):
     """Normalises by the statistics of a group of ranks; see :class:`Sync`."""
 
+    waits_for_ranks = True
+
     def _is_device_batch(self, input: Tensor) -> bool:  # noqa: A002, ARG002
         return self.spec.group_size == 1 or not process_groups.is_distributed()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def _normalize(self, input: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:  # noqa: A002
         group = process_groups.subgroup(self.spec.group_size)
         if group is None:
