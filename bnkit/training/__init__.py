@@ -1,0 +1,24 @@
+"""The reference job: real data, a small network, a LightningModule, and what ``scripts/`` runs."""
+
+from bnkit.training.checkpoint import recalibrate_checkpoint
+from bnkit.training.classifier import ImageClassifier
+from bnkit.training.comparison import Comparison, StatisticsComparison
+from bnkit.training.digits import Digits
+from bnkit.training.fashion_mnist import FashionMNIST
+from bnkit.training.images import ImageData, ImageDataset
+from bnkit.training.job import run
+from bnkit.training.resnet import BasicBlock, ResNet
+
+__all__ = [
+    "BasicBlock",
+    "Comparison",
+    "Digits",
+    "FashionMNIST",
+    "ImageClassifier",
+    "ImageData",
+    "ImageDataset",
+    "ResNet",
+    "StatisticsComparison",
+    "recalibrate_checkpoint",
+    "run",
+]

@@ -1,0 +1,1 @@
+"""The configs of bnkit: groups for any Hydra app under ``bnkit/``, and the reference job's own."""

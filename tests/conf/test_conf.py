@@ -1,0 +1,117 @@
+"""Every config that ships composes, and names things that exist."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import bnkit
+from bnkit.callbacks import BatchNormRecalibration
+
+CONF = Path(str(files("bnkit.conf")))
+JOB_GROUPS = ("callbacks", "data", "debug", "experiment", "logger", "model", "trainer")
+OPTIONS = [(group, path.stem) for group in JOB_GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_module("bnkit.conf", version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def targets(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every ``_target_`` below ``node`` and the arguments that it gets."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node["_target_"], {key: value for key, value in node.items() if not key.startswith("_")}
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from targets(value)
+
+
+def check_targets(cfg: DictConfig) -> None:
+    for target, arguments in targets(OmegaConf.to_container(cfg, resolve=True)):
+        signature = inspect.signature(get_object(target))
+        signature.bind_partial(**arguments)  # raises where an argument is misspelt
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+            continue
+        assert set(arguments) <= set(signature.parameters), target
+
+
+def test_every_folder_of_the_job_is_tested_here():
+    folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
+    assert folders == {".", "bnkit/callback", *JOB_GROUPS}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_names_what_exists(group, option, tmp_path):
+    cfg = composed("train", f"{group}={option}", f"run_dir={tmp_path}")
+    check_targets(cfg)
+    assert cfg.callbacks.recalibration._target_ == "bnkit.callbacks.BatchNormRecalibration"
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "data").glob("*.yaml")))
+def test_a_checkpoint_can_be_recalibrated_on_any_data(option):
+    check_targets(composed("recalibrate", "ckpt=some.ckpt", f"data={option}"))
+
+
+def test_the_defaults_are_what_the_readme_promises(tmp_path):
+    cfg = composed("train", f"run_dir={tmp_path}")
+    assert cfg.data._target_ == "bnkit.training.Digits"
+    assert cfg.trainer.accelerator == "cpu"
+    assert set(cfg.logger) == {"csv", "wandb"}
+    assert cfg.logger.wandb.offline is True
+    assert cfg.logger.wandb.save_dir == str(tmp_path)
+
+
+def test_the_callback_config_has_every_knob_at_its_default():
+    cfg = OmegaConf.load(CONF / "bnkit" / "callback" / "recalibrate.yaml")
+    parameters = inspect.signature(BatchNormRecalibration).parameters
+    assert {key: value for key, value in cfg.items() if key != "_target_"} == {
+        name: parameter.default for name, parameter in parameters.items()
+    }
+
+
+def test_the_recalibration_script_has_every_knob_at_its_default():
+    cfg = composed("recalibrate", "ckpt=some.ckpt").recalibration
+    parameters = inspect.signature(bnkit.recalibrate).parameters
+    options = {name: parameter.default for name, parameter in parameters.items() if name in cfg}
+    assert dict(cfg) == options
+    assert set(parameters) - set(cfg) == {"model", "batches", "forward", "process_group"}
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "bnkit").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_knob_of_a_group_for_others_has_a_comment(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    for before, line in pairwise(lines):
+        if not line.startswith(("#", "_target_")):
+            assert before.startswith("# "), f"{path.name}: {line}"
+
+
+def test_another_app_composes_the_callback_by_two_lines(tmp_path):
+    (tmp_path / "app.yaml").write_text(
+        "defaults:\n"
+        "  - /bnkit/callback@callbacks.recalibration: recalibrate\n"
+        "  - _self_\n"
+        "hydra:\n"
+        "  searchpath: [pkg://bnkit.conf]\n"
+        "callbacks:\n"
+        "  recalibration:\n"
+        "    every_n_epochs: 3\n"
+    )
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("app")
+    callback = instantiate(cfg.callbacks.recalibration)
+    assert isinstance(callback, BatchNormRecalibration)
+    assert callback.every_n_epochs == 3
