@@ -8,7 +8,7 @@ from bnkit.moments import Moments
 from bnkit.observation import Observation, observe
 from bnkit.recalibration import recalibrate
 from bnkit.report import LayerReport, RecalibrationReport
-from bnkit.statistics import running_statistics
+from bnkit.running import running_statistics
 
 __all__ = [
     "LayerReport",

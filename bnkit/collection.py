@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from bnkit.feeding import Forward, feed, samples_in
 from bnkit.layers import keeps_forward
 from bnkit.moments import Moments
 from bnkit.observation import Source, reading
-from bnkit.stand_ins import waits_for_ranks
+from bnkit.stand_ins import is_foreign, waits_for_ranks
 from bnkit.totals import Reached, Totals
 
 __all__ = ["Collected", "Collector"]
@@ -31,13 +31,19 @@ class Collected:
 
     layers: dict[str, Moments]  # of the layers that were reached, on the CPU
     sources: dict[str, Source]  # of this rank
+    unknown: set[str]  # layers that normalise something else than their input
     samples: int
     batches: int
     skipped: int
 
     def with_layers_of(self, other: Collected) -> Collected:
         """The layers of both, the counts of this one."""
-        return replace(self, layers=self.layers | other.layers, sources=self.sources | other.sources)
+        return replace(
+            self,
+            layers=self.layers | other.layers,
+            sources=self.sources | other.sources,
+            unknown=self.unknown | other.unknown,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,28 +72,28 @@ class Collector:
         for module in self.model.modules():
             module.training = False
         for layer in layers.values():
-            layer.training = calls is None or calls > 1
+            layer.training = calls is None or calls > 1 or is_foreign(layer)
             # An update by 1 leaves the batch's statistics alone in the running ones. An update by 0 leaves those alone,
             # which another forward than torch's own may normalise by.
-            layer.momentum = 1.0 if keeps_forward(layer) else 0.0
+            layer.momentum = 1.0 if keeps_forward(layer) or is_foreign(layer) else 0.0
         state = Totals(layers, ends_forward=calls == 1)
         lockstep = any(waits_for_ranks(layer) for layer in layers.values() if layer.training)
         samples = batches = skipped = skipped_samples = own_batches = 0
-        iterator = iter(self.batches)
+        iterator: Iterator[Any] | None = None
         failure: BaseException | None = None
         batch: Any = None
         with reading(layers, state.record, by_input=state.wants_input), self._bar(label) as bar:
             while True:
-                has_batch = False
+                has_batch, arriving = False, 0
                 try:
                     if failure is None:
+                        iterator = iter(self.batches) if iterator is None else iterator
                         batch = next(iterator, _END)
                         has_batch = batch is not _END
+                        arriving = samples_in(batch) if has_batch else 0
                 except BaseException as error:
                     failure = error
-                rows = ranks.all_gather_numbers(
-                    (failure is not None, has_batch, samples_in(batch) if has_batch else 0), self.process_group
-                )
+                rows = ranks.all_gather_numbers((failure is not None, has_batch, arriving), self.process_group)
                 self._raise_any(failure, [bool(row[0]) for row in rows])
                 present, arriving = sum(int(row[1]) for row in rows), sum(int(row[2]) for row in rows)
                 if not present or (lockstep and present < len(rows)):
@@ -115,7 +121,10 @@ class Collector:
             )
         merged = state.pooled.all_reduce(self.process_group).split([layer.num_features for layer in layers.values()])
         reached = {name: moments for name, moments in zip(layers, merged, strict=True) if moments.count > 0}
-        return Collected(reached, state.sources, samples - skipped_samples, batches - skipped, skipped)
+        unknown = set().union(*ranks.all_gather_object(state.unknown, self.process_group))
+        for name in unknown:
+            reached.pop(name, None)
+        return Collected(reached, state.sources, unknown, samples - skipped_samples, batches - skipped, skipped)
 
     def order(self, layers: Mapping[str, _BatchNorm]) -> dict[str, int]:
         """The layers in the order in which a forward of the first batch reaches them -> calls in that forward."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(inputs, Tensor | Mapping):
         raise TypeError(f"There is no default forward for a batch that is a {_kind(batch)}: {_CURE}.")
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    first = next(chain(model.parameters(), model.buffers()), None)
+    device = torch.device("cpu") if first is None else first.device
     try:
         if isinstance(inputs, Tensor):
             return model(inputs.to(device))

@@ -36,9 +36,9 @@ def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     layers: dict[str, _BatchNorm] = {}
     for name, module in model.named_modules():
         name = name.replace("_orig_mod.", "")
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name:
             raise TypeError(
-                f"bnkit cannot see into the scripted module {name or type(model).__name__!r}: "
+                f"bnkit cannot see into the scripted BatchNorm layer {name!r}: "
                 "hand over the model as it was before torch.jit.script or torch.jit.trace."
             )
         if isinstance(module, _BatchNorm):

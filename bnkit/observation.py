@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnkit import ranks
 from bnkit.layers import batch_norm_layers, keeps_forward, tracks_statistics
 from bnkit.moments import Moments, to_float64
+from bnkit.preservation import undoing
 
 __all__ = ["Observation", "Reading", "Record", "Source", "eager", "observe", "reading", "reduced"]
 
@@ -66,8 +67,9 @@ def observe(model: nn.Module, *, exact: bool = False) -> Iterator[Observation]:
     """Observe what every BatchNorm layer normalises during the forwards inside the ``with`` block.
 
     In training mode a layer computes its batch's statistics: they are read from what autograd saved of them, and cost
-    nothing to speak of. Where nothing was saved (evaluation mode, ``torch.no_grad()``, statistics of half precision, a
-    synchronized layer, a subclass with a forward of its own) the layer's input is reduced in float64.
+    nothing to speak of. Where nothing was saved (evaluation mode, ``torch.no_grad()``, activation checkpointing,
+    statistics of half precision, a synchronized layer, a subclass with a forward of its own) the layer's input is
+    reduced in float64, with the channels in dimension 1. A subclass that takes something else is left unseen.
     ``.sources`` says which was used. A compiled model runs eagerly inside the block, since hooks do not reach compiled
     code. Forwards that activation checkpointing repeats during the backward pass are not counted again.
 
@@ -79,7 +81,7 @@ def observe(model: nn.Module, *, exact: bool = False) -> Iterator[Observation]:
 
     Yields:
         A dict of layer name -> :class:`Moments` of all forwards since entry, this rank's share; pool over ranks with
-        :meth:`Moments.all_reduce`. A synchronized layer's statistics are its group's, its count is this rank's.
+        :meth:`Moments.all_reduce`.
 
     Raises:
         TypeError: for a scripted model.
@@ -118,11 +120,19 @@ def reading(
         record: called with the layer's name, what it normalised, and its input.
         by_input: asked at every call: reduce this layer's input, even if its own statistics could be read?
     """
-    with ExitStack() as hooks:
+    hooks = {name: _hook(name, record, by_input) for name in layers}
+
+    def undo() -> None:
+        # By the functions, not by handles: Ctrl-C may come between a registration and the handle's assignment.
+        for name, layer in layers.items():
+            for key in [key for key, hook in layer._forward_hooks.items() if hook is hooks[name]]:
+                layer._forward_hooks_with_kwargs.pop(key, None)
+                layer._forward_hooks.pop(key)
+
+    with undoing(undo):
         for name, layer in layers.items():
             # First among the layer's hooks: another may replace the output.
-            hook = layer.register_forward_hook(_hook(name, record, by_input), with_kwargs=True, prepend=True)
-            hooks.callback(hook.remove)
+            layer.register_forward_hook(hooks[name], with_kwargs=True, prepend=True)
         yield
 
 
@@ -132,8 +142,10 @@ def _hook(
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert isinstance(layer, _BatchNorm)
         x = args[0] if args else kwargs.get("input")
-        if _in_backward() or not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
+        if _in_backward() or not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != layer.num_features:
             return  # repeated by activation checkpointing, or nothing that can be known
+        if x.numel() == 0:
+            return
         record(name, _read(layer, x, output, by_input(name)), x)
 
     return hook
@@ -178,7 +190,10 @@ def _own_statistics(layer: _BatchNorm, output: Any) -> tuple[Tensor, Tensor, boo
         mean, var, unbiased = layer.running_mean.clone(), layer.running_var.clone(), True
     else:
         # What autograd saved for the backward pass. (The step of the running average would tell too, but what a batch
-        # adds to it drowns in its rounding where the batch's variance is small beside the average.)
+        # adds to it drowns in its rounding where the batch's variance is small beside the average.) Under hooks on
+        # what is saved, as in activation checkpointing, looking at it would recompute the forward.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return None
         saved = [getattr(getattr(output, "grad_fn", None), name, None) for name in ("_saved_result1", "_saved_result2")]
         if not all(isinstance(tensor, Tensor) and tensor.shape == (layer.num_features,) for tensor in saved):
             return None

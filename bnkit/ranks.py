@@ -16,7 +16,10 @@ def world_size(process_group: dist.ProcessGroup | None = None) -> int:
     """Number of ranks in the group (default: all); 1 where torch.distributed is not in use."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
-    return dist.get_world_size(process_group)
+    size = dist.get_world_size(process_group)
+    if size < 1:
+        raise ValueError("This process is not in the process group that it was given: only members may take part.")
+    return size
 
 
 def rank(process_group: dist.ProcessGroup | None = None) -> int:
@@ -51,7 +54,7 @@ def all_gather_numbers(values: Sequence[float], process_group: dist.ProcessGroup
 
 def _device_of(process_group: dist.ProcessGroup | None) -> torch.device:
     """The device whose tensors the group's backend can send."""
-    backend = dist.get_backend(process_group)
-    if "gloo" in backend or "mpi" in backend:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    # Where no backend was named there is one for each device, the CPU's among them.
+    if "nccl" in dist.get_backend(process_group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

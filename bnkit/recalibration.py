@@ -20,8 +20,8 @@ from bnkit.norms import Variant
 from bnkit.observation import eager
 from bnkit.preservation import preserved, random_states_preserved
 from bnkit.report import LayerReport, RecalibrationReport
+from bnkit.running import read_statistics, write_statistics
 from bnkit.stand_ins import stand_ins
-from bnkit.statistics import read_statistics, write_statistics
 
 __all__ = ["check_arguments", "recalibrate"]
 
@@ -58,7 +58,8 @@ def recalibrate(
     All ranks stop at the same batch and get the same bits. If one rank fails, all of them raise and none has changed.
 
     Left as they are, and named in the report's ``kept``: layers that no forward reaches, layers without running
-    statistics, and frozen layers (see ``frozen``).
+    statistics, frozen layers (see ``frozen``), and layers of a class whose own forward turns out to normalise something
+    else than its input.
 
     Args:
         model: any module with layers of the ``torch.nn.BatchNorm*`` family; wrappers (DistributedDataParallel,
@@ -66,7 +67,8 @@ def recalibrate(
         batches: an iterable of batches, such as a DataLoader of the training data.
         forward: how to run the model on a batch. Default: a tensor, the first item of a tuple or list, or a dict as
             keyword arguments, moved to the model's device.
-        max_samples: at most this many samples over all ranks, in whole batches (but one batch at least). None: all.
+        max_samples: at most this many samples over all ranks, in whole batches (but one batch at least). None: all. To
+            know when to stop, one batch more is taken from ``batches``.
         tolerance: stop as soon as, in every channel, the standard error of the mean is at most this times the standard
             deviation: 0.01 means 1 %. The spread of the batch means tells the standard error, so at least four batches
             are used, and they should come in random order. ``report.samples`` says how many samples it took.
@@ -77,7 +79,8 @@ def recalibrate(
             as in training; one pass over the data. ``"population"``: by their final statistics, as at inference; one
             pass a layer, in the order in which the forward reaches them, each running the model only up to that layer
             (about half of a forward on average), so ``batches`` must be iterable again and again. The two differ where
-            batches are small.
+            batches are small. The first batch tells the order: a layer that only a later one reaches is kept. A layer
+            that is used several times has itself upstream, and normalises by its batches meanwhile.
         on_nonfinite: what to do with a batch in which a statistic is not finite: ``"raise"``, naming layer and batch,
             or ``"skip"`` the batch for all layers and count it in the report.
         frozen: names of the layers to leave as they are. Default: those in evaluation mode while the model is in
@@ -98,13 +101,13 @@ def recalibrate(
     check_arguments(max_samples, tolerance, prior_samples, consistency, on_nonfinite)
     started = time.perf_counter()
     model = unwrap(model)
-    found = batch_norm_layers(model)
-    targets, kept = _choose(model, found, frozen)
-    _check_same_on_all_ranks({name: layer.num_features for name, layer in targets.items()}, process_group)
+    targets, kept = _choose_on_all_ranks(model, frozen, process_group)
     # A tensor made in inference mode could not be trained with later, so none is made, unless the model's are such.
     with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
         before = {name: pair for name, pair in read_statistics(model).items() if name in targets}
-        _check_prior(before, prior_samples)
+        # DDP keeps the ranks' buffers apart until its next forward, which sends rank 0's to all.
+        prior = ranks.all_gather_object(before, process_group)[0] if prior_samples else before
+        _check_prior(prior, prior_samples)
         if not targets:
             return RecalibrationReport(0, 0, 0, 0, time.perf_counter() - started, {}, kept, {})
         collector = Collector(
@@ -113,17 +116,17 @@ def recalibrate(
         with eager(), random_states_preserved(model, batches), preserved(model), stand_ins(targets):
             if consistency == "batch":
                 collected, passes = collector.collect(targets), 1
-                after = _mix(collector, before, collected, prior_samples)
+                after = _mix(collector, prior, collected, prior_samples)
             else:
-                collected, after, passes = _layer_by_layer(collector, targets, before, prior_samples)
-        kept |= {name: "not reached by the forward" for name in targets if name not in after}
+                collected, after, passes = _layer_by_layer(collector, targets, prior, prior_samples)
+        kept |= dict.fromkeys(collected.unknown, "its class has a forward of its own, of something else than its input")
+        kept |= {name: "not reached by the forward" for name in targets if name not in after and name not in kept}
         if not after:
             raise ValueError(
-                f"The forward reached none of the BatchNorm layers {list(targets)}: pass forward= one that does."
+                f"The forward reached none of the BatchNorm layers {list(targets)} whose input they normalise: "
+                "pass forward= one that does."
             )
-        # Last, and in one go: until here nothing has changed.
-        write_statistics(model, after)
-        return RecalibrationReport(
+        report = RecalibrationReport(
             collected.samples,
             collected.batches,
             collected.skipped,
@@ -133,6 +136,9 @@ def recalibrate(
             kept,
             {name: before[name] for name in after},
         )
+        # Last, and in one go: until here nothing has changed.
+        write_statistics(model, after)
+        return report
 
 
 def _layer_by_layer(
@@ -157,7 +163,7 @@ def _layer_by_layer(
         after |= _mix(collector, before, one, prior_samples)
         write_statistics(collector.model, {name: after.get(name, before[name])})
         total = one if total is None else total.with_layers_of(one)
-    return total or Collected({}, {}, 0, 0, 0), after, len(order)
+    return total or Collected({}, {}, set(), 0, 0, 0), after, len(order)
 
 
 def _mix(
@@ -239,13 +245,31 @@ def _check_prior(before: Mapping[str, tuple[Tensor, Tensor]], prior_samples: flo
             )
 
 
-def _check_same_on_all_ranks(channels: dict[str, int], process_group: dist.ProcessGroup | None) -> None:
-    """Ranks with other layers would wait for each other, or pool what does not belong together."""
-    theirs = ranks.all_gather_object(channels, process_group)
-    for rank, other in enumerate(theirs):
-        different = sorted(name for name in {*theirs[0], *other} if theirs[0].get(name) != other.get(name))
+def _choose_on_all_ranks(
+    model: nn.Module, frozen: Collection[str] | None, process_group: dist.ProcessGroup | None
+) -> tuple[dict[str, _BatchNorm], dict[str, str]]:
+    """The layers to recalibrate, and why the others are kept, if all ranks agree on them.
+
+    Ranks with other layers would wait for each other, or pool what does not belong together.
+    """
+    failure: Exception | None = None
+    targets: dict[str, _BatchNorm] = {}
+    kept: dict[str, str] = {}
+    try:
+        targets, kept = _choose(model, batch_norm_layers(model), frozen)
+    except (TypeError, ValueError) as error:
+        failure = error
+    mine = {name: layer.num_features for name, layer in targets.items()}
+    theirs = ranks.all_gather_object((failure is not None, mine), process_group)
+    if failure is not None:
+        raise failure
+    for rank, (failed, other) in enumerate(theirs):
+        if failed:
+            raise RuntimeError(f"Recalibration was given up because rank {rank} refused its model: see its error.")
+        different = sorted(name for name in {*theirs[0][1], *other} if theirs[0][1].get(name) != other.get(name))
         if different:
             raise ValueError(
                 f"The ranks disagree on what to recalibrate: rank 0 and rank {rank} differ in {different} (missing or "
                 "frozen on one of them, or of other channels): build the same model in the same modes on every rank."
             )
+    return targets, kept

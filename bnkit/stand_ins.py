@@ -9,22 +9,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit import ranks
+from bnkit.layers import keeps_forward
 from bnkit.norms import Variant
+from bnkit.preservation import undoing
 
-__all__ = ["stand_ins", "waits_for_ranks"]
+__all__ = ["is_foreign", "stand_ins", "waits_for_ranks"]
 
 
 @contextmanager
 def stand_ins(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
     """Let ``torch.nn.SyncBatchNorm`` layers on the CPU normalise by this process's batch: torch's own refuse to."""
     synchronized = [layer for layer in layers.values() if type(layer) is nn.SyncBatchNorm and _on_cpu(layer)]
-    try:
+
+    def undo() -> None:
+        for layer in synchronized:
+            layer.__class__ = nn.SyncBatchNorm
+
+    with undoing(undo):
         for layer in synchronized:
             layer.__class__ = _LocalBatchNorm  # type: ignore[assignment]
         yield
-    finally:
-        for layer in synchronized:
-            layer.__class__ = nn.SyncBatchNorm
 
 
 class _LocalBatchNorm(_BatchNorm):
@@ -33,6 +37,11 @@ class _LocalBatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  (torch's name)
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+def is_foreign(layer: _BatchNorm) -> bool:
+    """Whether the layer has a forward of its own that is neither torch's nor ours."""
+    return not keeps_forward(layer) and not isinstance(layer, Variant)
 
 
 def _on_cpu(layer: _BatchNorm) -> bool:

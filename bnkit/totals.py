@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnkit.layers import keeps_forward
 from bnkit.moments import Moments
 from bnkit.observation import Reading, Source, reduced
+from bnkit.stand_ins import is_foreign
 
 __all__ = ["Reached", "Totals"]
 
@@ -18,6 +19,8 @@ __all__ = ["Reached", "Totals"]
 # in standard deviations. Kernels accumulate in float32; far from 0, or over many values, some of them are worse.
 _VAR_AGREEMENT = 5e-7
 _MEAN_AGREEMENT = 1e-4
+# Whether they are of the same values at all.
+_SAME_VAR, _SAME_MEAN = 0.02, 0.02
 # They are not even checked for a mean within this many standard deviations of 0, and sums of so few values.
 _NEAR_ZERO = 30
 _SHORT_SUM = 512
@@ -38,6 +41,8 @@ class Totals:
         self._readings: dict[str, list[Reading]] = {}
         self._batch: tuple[Tensor, Tensor] | None = None
         self._own_is_good: dict[str, bool] = {}
+        self._checked: dict[str, int] = {}
+        self._is_batch_norm: dict[str, bool] = {}
         self._ends_forward = ends_forward
         self._clear()
 
@@ -47,17 +52,36 @@ class Totals:
 
     def record(self, name: str, read: Reading, x: Tensor) -> None:
         """Take note of one call of a layer in the current batch."""
-        if read.source == "layer" and name not in self._own_is_good:
-            # Once a layer: the batches of one layer are alike. (Where they are not, the variance between them, which is
-            # pooled in float64, outweighs what the kernel loses.)
-            self._own_is_good[name] = True
-            if read.group_size == 1 and _is_doubtful(read, x):
+        layer = self.layers[name]
+        if is_foreign(layer) and not self._is_understood(name, layer, read):
+            return
+        if read.source == "layer" and read.group_size == 1 and read.values > self._checked.get(name, 0):
+            # Not every batch: those of one layer are alike but for their size. (Where they are not, the variance
+            # between them, which is pooled in float64, outweighs what the kernel loses.)
+            if _is_doubtful(read, x):
                 exact = reduced(x)
                 self._own_is_good[name] = _agrees(read, exact)
                 read = exact
+            if bool(read.mean.isfinite().all()):
+                self._checked[name] = read.values
         self._readings.setdefault(name, []).append(read)
         if self._ends_forward:
             raise Reached
+
+    @property
+    def unknown(self) -> set[str]:
+        """Layers whose own forward normalises something else than their input."""
+        return {name for name, known in self._is_batch_norm.items() if not known}
+
+    def _is_understood(self, name: str, layer: _BatchNorm, read: Reading) -> bool:
+        """Whether a class that we do not know has updated its running statistics to those of its input."""
+        if name not in self._is_batch_norm:
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            own = Reading("layer", read.values, layer.running_mean, layer.running_var, 1)
+            self._is_batch_norm[name] = not layer.training or _agrees(_biased(own), read, _SAME_VAR, _SAME_MEAN)
+            layer.momentum = 0.0  # from now on it keeps what it may normalise by
+        return self._is_batch_norm[name]
 
     def begin(self) -> None:
         """Start a batch."""
@@ -131,14 +155,24 @@ def _is_doubtful(own: Reading, x: Tensor) -> bool:
     Those of a tensor in (N, C, ...) order on the CPU are sums in float64. Other kernels sum in float32: in doubt where
     the sums are long, and everywhere on a device that we know less of.
     """
-    if x.device.type != "cpu" or bool((own.mean.square() > _NEAR_ZERO**2 * own.var).any()):
+    if (
+        x.device.type != "cpu"
+        or x.dtype not in (torch.float32, torch.float64)
+        or bool((own.mean.square() > _NEAR_ZERO**2 * own.var).any())
+    ):
         return True
     return own.values > _SHORT_SUM and (x.ndim == 2 or not x.is_contiguous())
 
 
-def _agrees(own: Reading, exact: Reading) -> bool:
+def _biased(own: Reading) -> Reading:
+    return own._replace(var=own.var * ((own.values - 1) / own.values))
+
+
+def _agrees(
+    own: Reading, exact: Reading, var_tolerance: float = _VAR_AGREEMENT, mean_tolerance: float = _MEAN_AGREEMENT
+) -> bool:
     mean, var, exact_mean, exact_var = (t.cpu().double() for t in (own.mean, own.var, exact.mean, exact.var))
     return bool(
-        ((var - exact_var).abs() <= _VAR_AGREEMENT * exact_var).all()
-        & ((mean - exact_mean).abs() <= _MEAN_AGREEMENT * exact_var.sqrt()).all()
+        ((var - exact_var).abs() <= var_tolerance * exact_var).all()
+        & ((mean - exact_mean).abs() <= mean_tolerance * exact_var.sqrt()).all()
     )

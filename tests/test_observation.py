@@ -102,6 +102,21 @@ def test_activation_checkpointing_does_not_count_twice(reentrant):
     torch.testing.assert_close((seen["1"].mean, seen["1"].var), (mean, var), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_observing_changes_nothing_under_activation_checkpointing(reentrant):
+    results = []
+    for watch in (True, False):
+        torch.manual_seed(0)
+        net, calls = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)), []
+        net[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        x = torch.randn(16, 3, requires_grad=True)
+        with bnkit.observe(net) if watch else torch.enable_grad():
+            checkpoint(net, x, use_reentrant=reentrant).sum().backward()
+        results.append(([*net.state_dict().values(), x.grad], len(calls)))
+    assert results[0][1] == results[1][1] == 2
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_is_reduced_in_float64(autocast):
     model = nn.Sequential(_Recorder(), nn.BatchNorm1d(3))
@@ -124,6 +139,39 @@ def test_a_subclass_with_its_own_forward_is_observed_by_its_input():
         model(x)
     assert seen.sources["0"] == "input"
     torch.testing.assert_close(seen["0"].var, population(x)[1])
+
+
+def test_a_subclass_that_normalises_another_dimension_is_left_unseen():
+    class Tokens(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    model = nn.Sequential(Tokens(3))
+    with bnkit.observe(model) as seen:
+        model(torch.randn(8, 5, 3))
+    assert seen.unseen == ["0"]
+
+
+def test_the_input_may_come_by_keyword():
+    layer, x = nn.BatchNorm1d(3), torch.randn(8, 3)
+    with bnkit.observe(nn.ModuleList([layer])) as seen:
+        layer(input=x)
+    torch.testing.assert_close(seen["0"].var, population(x)[1], rtol=1e-5, atol=0)
+
+
+def test_a_hook_that_replaces_the_output_does_not_hide_the_layers_own_statistics():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model[0].register_forward_hook(lambda _, args, output: output * 2)
+    with bnkit.observe(model) as seen:
+        model(torch.randn(8, 3))
+    assert seen.sources["0"] == "layer"
+
+
+def test_a_scripted_part_without_batch_norm_is_no_hindrance():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(3, 3))), nn.BatchNorm1d(3))
+    with bnkit.observe(model) as seen:
+        model(torch.randn(8, 3))
+    assert list(seen) == ["1"]
 
 
 def test_exact_reduces_every_input():

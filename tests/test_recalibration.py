@@ -38,6 +38,22 @@ def test_a_batch_too_large_for_the_kernels_float32_sums_is_reduced_in_float64():
     assert_population(model[0], torch.cat([x, x + 1]))
 
 
+@pytest.mark.parametrize("first", [torch.randn(256, 2), torch.full((64, 2), torch.nan)], ids=["short", "nan"])
+def test_the_first_batch_does_not_speak_for_others(first):
+    x = torch.randn(300_000, 2) + (1e3 if first.isnan().any() else 0)
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    bnkit.recalibrate(model, [first, x], max_samples=None, on_nonfinite="skip")
+    assert_population(model[0], x if first.isnan().any() else torch.cat([first, x]))
+
+
+def test_half_precision_input_of_a_float32_layer_is_exact():
+    x = (torch.randn(40, 4, 28, 28) + 3).bfloat16()
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        bnkit.recalibrate(model, x.split(20))
+    assert_population(model[0], x)
+
+
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 8, 3), (8, 1), (1, 1, 1)])
 def test_ragged_batches_count_by_their_size(sizes):
     x = torch.randn(sum(sizes), 2, 5, 5) + torch.arange(sum(sizes)).view(-1, 1, 1, 1)
@@ -219,6 +235,41 @@ def test_a_layer_that_is_not_reached_is_kept_and_named(consistency):
     assert_same(before, snapshot(model), except_running=["bn1", "bn2"])
 
 
+class _Activated(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class _Doubles(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+class _Tokens(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("consistency", ["batch", "population"])
+def test_another_librarys_layer_that_normalises_its_input_is_calibrated(consistency):
+    model, x = nn.Sequential(_Activated(3)), torch.randn(10, 8, 3) + 2
+    bnkit.recalibrate(model, x, consistency=consistency)
+    assert_population(model[0], x.flatten(0, 1))
+    assert model[0].momentum == 0.1
+
+
+@pytest.mark.parametrize("consistency", ["batch", "population"])
+@pytest.mark.parametrize(("layer", "shape"), [(_Doubles, (8, 3)), (_Tokens, (8, 3, 3)), (_Tokens, (8, 5, 3))])
+def test_another_librarys_layer_that_normalises_something_else_is_kept_and_named(layer, shape, consistency):
+    model = nn.Sequential(layer(3), nn.Flatten(), nn.LazyBatchNorm1d())
+    model(torch.randn(shape))
+    before, x = snapshot(model), torch.randn(5, *shape)
+    report = bnkit.recalibrate(model, x, consistency=consistency)
+    assert_same(before, snapshot(model), except_running=["2"])
+    assert "0" in report.kept
+    assert list(report.layers) == ["2"]
+
+
 # --- how much data
 
 
@@ -241,6 +292,12 @@ def test_tolerance_stops_when_every_channel_is_known_well_enough():
     assert (report.layers["0"].standard_error <= 0.02 * model[0].running_var.double().sqrt() * 1.01).all()
     assert bnkit.recalibrate(model, x, tolerance=1e-9, max_samples=None).samples == 12_800
     assert bnkit.recalibrate(model, x, tolerance=1e9, max_samples=None).batches == 4, "the spread of four, not of one"
+
+
+def test_a_layer_that_is_not_reached_keeps_nothing_waiting():
+    model = ConvNet()
+    model.unused = nn.BatchNorm1d(4)
+    assert bnkit.recalibrate(model, inputs(batches=20), tolerance=10).batches == 4
 
 
 def test_prior_samples_weigh_what_the_model_had():

@@ -1,6 +1,9 @@
 """A recalibration that fails has changed nothing; one that succeeds, the running statistics alone."""
 
+import copy
+import linecache
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -21,12 +24,23 @@ class Stateful(ConvNet):
         self.conv2 = spectral_norm(self.conv2)
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("replaced", torch.zeros(3))
+        self.register_buffer("data", torch.zeros(3))
+        self.register_buffer("other_data", torch.zeros(3))
+        self.register_buffer("cache", None)
 
     def forward(self, x):
         self.calls += 1
         self.replaced = self.replaced + 1
+        self.data.data.add_(1)
+        self.other_data.data = self.other_data.data + 1
+        self.cache = x.detach().mean()
+        self.register_buffer("late", torch.ones(1), persistent=False)
         random.random(), np.random.rand()
         return super().forward(x + 0.01 * torch.randn_like(x))
+
+
+def _buffers(model):
+    return {(name, key) for name, module in model.named_modules() for key in module._buffers}
 
 
 def _random_states():
@@ -93,8 +107,12 @@ def test_after_success_only_the_running_statistics_have_changed(consistency):
     model, data = Stateful(), inputs()
     for _ in range(3):
         model(data[0])
-    before, states = snapshot(model), _random_states()
+    model.cache = None
+    del model.late
+    before, states, names = snapshot(model), _random_states(), _buffers(model)
     bnkit.recalibrate(model, data, consistency=consistency)
+    assert _buffers(model) == names
+    assert model.cache is None
     assert_same(before, snapshot(model), except_running=["bn1", "bn2"])
     assert _random_states() == states
     assert not torch.equal(before["tensors"]["bn1.running_mean"][1], model.bn1.running_mean)
@@ -207,6 +225,70 @@ def test_a_model_that_overrides_train_is_not_asked_to():
     model.bn1.training = model.training = True
     bnkit.recalibrate(model, inputs())
     assert model.training
+
+
+def test_ctrl_c_at_any_line_leaves_the_model_whole():
+    """Interrupt a recalibration at its n-th line of bnkit, for many n: the model is as it was, or calibrated."""
+    data = inputs(2)
+    model = Stateful()
+    model(data[0])
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    done = copy.deepcopy(model)
+    bnkit.recalibrate(done, data)
+    fresh = snapshot(model)["modules"]
+
+    def interrupted_at(number):
+        lines = 0
+
+        def trace(frame, event, arg):
+            nonlocal lines
+            if "/bnkit/" not in frame.f_code.co_filename:
+                return None
+            # Between "finally" and "try" Python does not look for signals, but does report lines.
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            if event == "line" and line not in ("try:", "finally:"):
+                lines += 1
+                if lines == number:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            bnkit.recalibrate(model, data)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    number = 1
+    while interrupted_at(number):
+        state = model.state_dict()
+        same = all(torch.equal(state[name], start[name]) for name in start)
+        calibrated = all(torch.equal(state[name], value) for name, value in done.state_dict().items())
+        assert same or calibrated, f"interrupted at line {number}"
+        assert snapshot(model)["modules"] == fresh, f"interrupted at line {number}"
+        model.load_state_dict(start)
+        number += 7 if number > 20 else 1
+    assert number > 500
+
+
+def test_one_buffer_made_in_inference_mode_is_no_hindrance():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count = self.count + 1
+            return x
+
+    model, data = nn.Sequential(nn.BatchNorm1d(3), Counter()), torch.randn(4, 8, 3)
+    with torch.inference_mode():
+        model(data[0])
+    bnkit.recalibrate(model, data)
+    assert_population(model[0], data.flatten(0, 1))
+    assert model[1].count == 1
 
 
 def test_the_progress_bar_shows_the_pass(capsys):

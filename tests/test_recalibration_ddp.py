@@ -1,5 +1,7 @@
 """Many ranks (real processes, gloo) get what one process gets from all the data."""
 
+import contextlib
+import io
 import time
 
 import pytest
@@ -141,6 +143,16 @@ def test_a_synchronized_layer_keeps_the_ranks_in_step_and_is_counted_once():
             torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-12)
 
 
+class _NoIterator:
+    def __iter__(self):
+        raise OSError("no workers")
+
+
+class _Unmeasurable(dict):
+    def values(self):
+        raise OSError("no values")
+
+
 def _failing(rank, world_size, where):
     torch.manual_seed(0)
     model, data = ConvNet(), inputs(batches=4)
@@ -152,6 +164,12 @@ def _failing(rank, world_size, where):
             data[2][0] = torch.nan
         elif where == "model":
             data[2] = torch.randn(2, 9, 8, 8)
+        elif where == "iter":
+            data = _NoIterator()
+        elif where == "odd batch":
+            data[2] = _Unmeasurable()
+        elif where == "no layers":
+            model.bn1, model.bn2 = nn.Identity(), nn.Identity()
         elif where == "layers":
             model.bn2 = nn.BatchNorm2d(6, track_running_stats=False)
     before = snapshot(model)
@@ -166,7 +184,15 @@ def _failing(rank, world_size, where):
 
 
 @pytest.mark.parametrize(
-    ("where", "error"), [("loader", "TypeError"), ("nan", "FloatingPointError"), ("model", "RuntimeError")]
+    ("where", "error"),
+    [
+        ("loader", "TypeError"),
+        ("nan", "FloatingPointError"),
+        ("model", "RuntimeError"),
+        ("iter", "OSError"),
+        ("odd batch", "OSError"),
+        ("no layers", "ValueError"),
+    ],
 )
 def test_a_rank_that_fails_stops_all_and_changes_none(where, error):
     results = run(_failing, 2, where)
@@ -179,6 +205,48 @@ def test_models_that_differ_over_ranks_are_named_by_layer():
     for kind, message in run(_failing, 2, "layers"):
         assert kind == "ValueError"
         assert "bn2" in message
+
+
+def _prior(rank, world_size):
+    model = _model()
+    model[0].running_mean.fill_(rank)
+    bnkit.recalibrate(model, _shard(_data(), (6, 6), rank), prior_samples=100)
+    return model[0].running_mean, model[0].running_var
+
+
+def test_the_prior_is_rank_0s_as_in_ddp():
+    first, second = run(_prior, 2)
+    assert torch.equal(first[0], second[0])
+    mean, _ = population(torch.cat(_data()))
+    torch.testing.assert_close(first[0], mean * 96 / 196)
+
+
+def _bar(rank, world_size):
+    captured = io.StringIO()
+    with contextlib.redirect_stderr(captured):
+        bnkit.recalibrate(_model(), _shard(_data(), (6, 6), rank), progress=True)
+    return captured.getvalue()
+
+
+def test_the_progress_bar_is_rank_0s_alone():
+    first, second = run(_bar, 2)
+    assert "Recalibrating" in first
+    assert not second
+
+
+def _outsider(rank, world_size):
+    group = torch.distributed.new_group([0])
+    try:
+        bnkit.recalibrate(_model(), _data(), process_group=group)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_outside_the_process_group_is_told_so():
+    inside, outside = run(_outsider, 2)
+    assert not inside
+    assert "not in the process group" in outside
 
 
 def _reduce(rank, world_size):

@@ -34,7 +34,7 @@ __all__ = ["BatchNormRecalibration"]
 class BatchNormRecalibration(Callback):
     """Recalibrates the running statistics before each validation in fit, and at the end of fit.
 
-    The model is validated, and by the checkpoints that follow saved, with the statistics of the training data under the
+    The model is validated, and until the next training step saved, with the statistics of the training data under the
     weights that it has then, averaged weights included (``WeightAveraging``, ``EMAWeightAveraging``,
     ``StochasticWeightAveraging``); the order in which the callbacks are listed does not matter. The trained weights are
     bit-identical to those without the callback: running statistics take no part in a training step.
@@ -61,7 +61,7 @@ class BatchNormRecalibration(Callback):
     Raises:
         ValueError: an argument out of its range.
         MisconfigurationException: in fit, with a strategy that shards parameters (FSDP, DeepSpeed, model parallel), or
-            a training loader that cannot be rebuilt.
+            training data that is no DataLoader and cannot be read without disturbing training.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -105,7 +105,9 @@ class BatchNormRecalibration(Callback):
             "progress": progress,
         }
         self._last_step = 0
-        self._done_at: int | None = None
+        self._is_current = False
+        self._warned = False
+        self._averaged: int | None = None
         self._due = False
         self._layers: dict[str, _BatchNorm] = {}
         self._frozen: set[str] = set()
@@ -123,12 +125,18 @@ class BatchNormRecalibration(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if there is nothing to do."""
-        self._done_at = None
-        if not any(tracks_statistics(layer) for layer in batch_norm_layers(pl_module).values()):
+        self._is_current = False
+        if not self._layers_that_track(pl_module):
             rank_zero_warn(
                 f"BatchNormRecalibration has nothing to do: {type(pl_module).__name__} has no BatchNorm layers that "
                 "track running statistics."
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See to it that the training data can be read."""
+        self._last_step = min(self._last_step, trainer.global_step)  # an earlier fit may have gone on for longer
+        if self._layers_that_track(pl_module):
+            TrainingData(trainer, pl_module, self._dataloader).check()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the layers once, not after every batch."""
@@ -137,6 +145,7 @@ class BatchNormRecalibration(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Note which layers training holds frozen: in a validation all of them are in evaluation mode."""
         self._frozen = {name for name, layer in self._layers.items() if not layer.training}
+        self._is_current = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether this validation is one to recalibrate before."""
@@ -148,10 +157,20 @@ class BatchNormRecalibration(Callback):
             self._due = False
             self._recalibrate(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if weights were averaged once more after they were validated, and will be saved so."""
+        if self._averaged is not None and self._averaged != _number_averaged(trainer) and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                "The averaged weights were updated at the end of the epoch, after they had been recalibrated and "
+                "validated: a checkpoint saved now holds weights and statistics that were not validated. Update them "
+                "by steps, or use ModelCheckpoint(save_on_train_epoch_end=False)."
+            )
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recalibrate the final weights, which an averaging callback may have just put in place."""
         averaged = any(isinstance(callback, _AVERAGING) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if self.at_fit_end and (averaged or self._done_at != trainer.global_step):
+        if self.at_fit_end and (averaged or not self._is_current):
             self._recalibrate(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,16 +181,18 @@ class BatchNormRecalibration(Callback):
         """Restore where ``every_n_steps`` counts from."""
         self._last_step = state_dict["last_step"]
 
+    @staticmethod
+    def _layers_that_track(pl_module: LightningModule) -> list[str]:
+        return [name for name, layer in batch_norm_layers(pl_module).items() if tracks_statistics(layer)]
+
     def _is_time(self, trainer: Trainer) -> bool:
         if self.every_n_steps is not None:
             return trainer.global_step - self._last_step >= self.every_n_steps
         return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        layers = batch_norm_layers(pl_module)
-        if not any(tracks_statistics(layer) for layer in layers.values()):
+        if not self._layers_that_track(pl_module):
             return  # on_fit_start has said so
-        loader = self._dataloader() if callable(self._dataloader) else self._dataloader
 
         def forward(model: nn.Module, batch: Any) -> Any:
             with trainer.precision_plugin.forward_context():
@@ -179,12 +200,14 @@ class BatchNormRecalibration(Callback):
 
         self.report = recalibrate(
             pl_module,
-            TrainingData(trainer, pl_module, loader),
+            TrainingData(trainer, pl_module, self._dataloader),
             forward=forward,
-            frozen=self._frozen & layers.keys(),
+            frozen=self._frozen & batch_norm_layers(pl_module).keys(),
             **self._options,
         )
-        self._last_step = self._done_at = trainer.global_step
+        self._last_step = trainer.global_step
+        self._is_current = True
+        self._averaged = _number_averaged(trainer)
         self._log(trainer, self.report)
 
     def _log(self, trainer: Trainer, report: RecalibrationReport) -> None:
@@ -197,3 +220,12 @@ class BatchNormRecalibration(Callback):
         for logger in trainer.loggers:
             # Lightning's own x axis, which with several optimizers is not the global step.
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _number_averaged(trainer: Trainer) -> int | None:
+    """How many times a WeightAveraging callback has updated its average; None where there is none."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        number = getattr(getattr(callback, "_average_model", None), "n_averaged", None)
+        if isinstance(callback, _AVERAGING) and number is not None:
+            return int(number)
+    return None

@@ -31,14 +31,16 @@ class TrainingData:
     """The trainer's training batches, as ``training_step`` gets them, as often as one likes.
 
     New loaders are built over the same data sets. A loader in plain or shuffled order becomes a shuffled one of fixed
-    seed, each rank with its own share, no sample twice; any other sampler is copied, state and all. Batches take
+    seed, no sample twice, each rank with the share that it trains on (a last batch of one sample joins the one before);
+    any other sampler is copied, state and all. Batches take
     Lightning's way: precision conversion and the three transfer hooks, with the trainer in its training stage, since
     people augment there.
 
     Args:
         trainer: in fit.
         pl_module: the module whose transfer hooks are used.
-        loader: instead of the trainer's own: a loader, or a collection of loaders.
+        loader: instead of the trainer's own: a loader, a collection of loaders, or a function that returns one. Every
+            rank takes its share of it.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, loader: Any = None) -> None:
@@ -55,24 +57,38 @@ class TrainingData:
             batch = self.pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
             return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
+    def check(self) -> None:
+        """Raise now, not after an epoch of training, if the loaders cannot be rebuilt."""
+        self._own_loaders()
+
     def _batches(self) -> Iterator[Any]:
+        batches = self._own_loaders()
+        if isinstance(batches, CombinedLoader):
+            batches = (batch for batch, _, _ in batches)
+        limit = self.trainer.num_training_batches if self._loader is None and self._is_limited() else float("inf")
+        return itertools.islice(batches, None if limit == float("inf") else int(limit))
+
+    def _own_loaders(self) -> Iterable[Any]:
         mode = "max_size_cycle"
-        loader = self._loader
-        limit: float = float("inf")
-        if loader is None:
+        if self._loader is None:
             loader = self.trainer.train_dataloader
-            combined = self.trainer.fit_loop._combined_loader
-            mode = combined._mode if combined is not None else mode
-            if self._is_limited():
-                limit = self.trainer.num_training_batches
+            live = self.trainer.fit_loop._combined_loader
+            mode = mode if live is None else live._mode
+        else:
+            loader = self._loader() if callable(self._loader) else self._loader
         if isinstance(loader, CombinedLoader):
             loader, mode = loader.iterables, loader._mode
-        if any(isinstance(leaf, DataLoader) for leaf in tree_leaves(loader)) and not isinstance(loader, DataLoader):
-            parts = CombinedLoader(tree_map(self._own, loader, is_leaf=lambda leaf: isinstance(leaf, DataLoader)), mode)  # type: ignore[arg-type]
-            batches: Iterator[Any] = (batch for batch, _, _ in parts)
-        else:
-            batches = iter(self._own(loader))
-        return itertools.islice(batches, None if limit == float("inf") else int(limit))
+        # What Lightning is given in a list are loaders; what we are given in one may be the batches themselves.
+        several = isinstance(loader, dict) or (
+            isinstance(loader, list | tuple)
+            and (self._loader is None or any(isinstance(leaf, DataLoader) for leaf in tree_leaves(loader)))
+        )
+        if several:
+            return CombinedLoader(
+                tree_map(self._own, loader, is_leaf=lambda leaf: not isinstance(leaf, dict | list | tuple)),
+                mode,  # type: ignore[arg-type]
+            )
+        return self._own(loader)
 
     def _is_limited(self) -> bool:
         limit = self.trainer.limit_train_batches
@@ -82,10 +98,11 @@ class TrainingData:
     def _own(self, loader: Any) -> Iterable[Any]:
         """A loader of our own over the same data."""
         if not isinstance(loader, DataLoader):
-            if isinstance(loader, Iterator):
+            if self._loader is None or isinstance(loader, Iterator):
+                # It may be an iterator, or hold one, or a loader whose workers serve one iterator at a time.
                 raise MisconfigurationException(
-                    f"The training data is an iterator ({type(loader).__name__}), and reading it would take batches "
-                    f"away from training: {_CURE}."
+                    f"The training data is a {type(loader).__name__}, not a DataLoader, and reading it might take "
+                    f"batches away from training: {_CURE}."
                 )
             return loader  # type: ignore[no-any-return]
         if type(loader).__iter__ is not DataLoader.__iter__ and not type(loader).__module__.startswith("torchdata"):
@@ -108,37 +125,39 @@ class TrainingData:
             # Workers have copies of their own; without workers the live iterator shares the object.
             dataset = loader.dataset if loader.num_workers else _copy(loader.dataset, "data set")
             return DataLoader(dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **settings)
-        sampler = loader.sampler
-        if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
-            return DataLoader(
-                loader.dataset,
-                batch_sampler=_rewound(_copy(loader.batch_sampler, "batch sampler", loader.dataset)),
-                **settings,
-            )
+        batch_sampler = loader.batch_sampler
+        sampler, size, drop_last = loader.sampler, loader.batch_size, loader.drop_last
+        if type(batch_sampler) is BatchSampler:  # torch's own: the loader's, or one that the user made
+            sampler, size, drop_last = batch_sampler.sampler, batch_sampler.batch_size, batch_sampler.drop_last
+        elif batch_sampler is not None:
+            batch_sampler = _rewound(_copy(batch_sampler, "batch sampler", loader.dataset))
+            return DataLoader(loader.dataset, batch_sampler=batch_sampler, **settings)
         if not _is_plain(sampler):
-            return DataLoader(
-                loader.dataset,
-                batch_size=loader.batch_size,
-                sampler=_rewound(_copy(sampler, "sampler", loader.dataset)),
-                drop_last=loader.drop_last,
-                **settings,
-            )
-        indices = self._share(len(loader.dataset), shuffled=self._shuffles(sampler))  # type: ignore[arg-type]
-        if loader.batch_size is None:
+            sampler = _rewound(_copy(sampler, "sampler", loader.dataset))
+            return DataLoader(loader.dataset, batch_size=size, sampler=sampler, drop_last=drop_last, **settings)
+        indices = self._share(loader, sampler)
+        if size is None:
             return DataLoader(loader.dataset, batch_size=None, sampler=indices, **settings)
-        return DataLoader(
-            loader.dataset, batch_sampler=_chunks(indices, loader.batch_size, loader.drop_last), **settings
-        )
+        return DataLoader(loader.dataset, batch_sampler=_chunks(indices, size, drop_last), **settings)
 
     def _shuffles(self, sampler: Any) -> bool:
         """Whether to shuffle: always, but where training sees only the first batches of an ordered loader."""
         ordered = isinstance(sampler, SequentialSampler) or not getattr(sampler, "shuffle", True)
         return not (ordered and self._is_limited())
 
-    def _share(self, length: int, shuffled: bool) -> list[int]:
+    def _share(self, loader: DataLoader[Any], sampler: Any) -> list[int]:
         """This rank's share of the indices: every index on one rank, uneven where it does not come out even."""
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(0)) if shuffled else torch.arange(length)
-        return order[self.trainer.global_rank :: self.trainer.world_size].tolist()
+        length = len(loader.dataset)  # type: ignore[arg-type]
+        order = torch.arange(length)
+        if self._shuffles(sampler):
+            order = torch.randperm(length, generator=torch.Generator().manual_seed(0))
+        if isinstance(sampler, DistributedSampler):
+            rank, ranks = sampler.rank, sampler.num_replicas
+        elif self._loader is None:
+            rank, ranks = 0, 1  # in training, too, every rank has all of its loader
+        else:
+            rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        return order[rank::ranks].tolist()
 
 
 def _is_plain(sampler: Any) -> bool:

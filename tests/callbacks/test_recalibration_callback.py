@@ -165,6 +165,30 @@ def test_the_end_does_not_repeat_what_the_last_validation_did(tmp_path):
     assert callback.report is count.last
 
 
+def test_the_end_recalibrates_what_batches_without_a_step_have_changed(tmp_path):
+    class Accumulates(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            if batch_idx == 5:
+                self.optimizers().step()
+
+    # The last validation is after batch 10 of 12; batches 11 and 12 move the running statistics, but no weights.
+    model, _ = _fit(tmp_path, [BatchNormRecalibration()], model=Accumulates, val_check_interval=10, max_epochs=1)
+    assert len(model.validated) == 1
+    assert _is_calibrated(model.state_dict())
+
+
+def test_a_callback_used_again_counts_its_steps_from_the_new_fit(tmp_path):
+    callback = BatchNormRecalibration(every_n_steps=12)
+    _fit(tmp_path, [callback], max_epochs=3)
+    model, _ = _fit(tmp_path, [callback], max_epochs=1)
+    assert _is_calibrated(model.validated[-1])
+
+
 # --- what was validated is what was saved
 
 
@@ -205,6 +229,22 @@ def test_averaged_weights_are_calibrated_validated_and_saved_in_either_order(tmp
     assert _is_calibrated(model.state_dict()), "the averaged weights that fit leaves behind"
     final = weights(model)
     assert all(torch.equal(final[name], saved[-1][name]) for name in final)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_averaged_weights_are_calibrated_at_the_end_of_a_fit_without_validation(tmp_path, ours_first):
+    callbacks = [BatchNormRecalibration(), EMAWeightAveraging(decay=0.8)]
+    model, _ = _fit(tmp_path, callbacks if ours_first else callbacks[::-1], val=[])
+    assert _is_calibrated(model.state_dict())
+
+
+def test_an_average_that_moves_after_it_was_validated_is_warned_of(tmp_path):
+    class ByEpoch(WeightAveraging):
+        def should_update(self, step_idx=None, epoch_idx=None):
+            return epoch_idx is not None
+
+    with pytest.warns(UserWarning, match="save_on_train_epoch_end=False"):
+        _fit(tmp_path, [ByEpoch(), BatchNormRecalibration()])
 
 
 @pytest.mark.parametrize("ours_first", [True, False])

@@ -188,15 +188,53 @@ class Batches:
         return iter([(data.x[i : i + 6], data.y[i : i + 6]) for i in range(0, 48, 6)])
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_any_iterable_of_batches(tmp_path, given):
-    keeps = Keeps(dataloader=list(Batches()) if given else None)
-    _fit(tmp_path, [keeps], loader() if given else Batches())
+@pytest.mark.parametrize("given", [Batches(), list(Batches()), Batches])
+def test_any_iterable_of_batches_can_be_given(tmp_path, given):
+    keeps = Keeps(dataloader=given)
+    _fit(tmp_path, [keeps], loader())
     assert torch.equal(keeps.samples(), Images().x)
 
 
-def test_what_cannot_be_rebuilt_is_refused_with_the_cure():
-    engine = trainer(".", max_epochs=1)
+def test_training_data_that_is_no_loader_is_refused_before_training(tmp_path):
+    class Prefetch:
+        """Holds a loader whose workers serve one iterator at a time: a second one would end the first."""
+
+        def __init__(self):
+            self.loader = loader(num_workers=2, persistent_workers=True)
+
+        def __iter__(self):
+            yield from self.loader
+
+    steps = []
+
+    class Steps(Classifier):
+        def training_step(self, batch, batch_idx):
+            steps.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(MisconfigurationException, match=r"Prefetch, not a DataLoader.*dataloader="):
+        _fit(tmp_path, [Keeps()], Prefetch(), model=Steps(), val_check_interval=3)
+    assert not steps
+    _fit(tmp_path, [Keeps(dataloader=loader())], Prefetch(), model=Steps(), val_check_interval=3)
+    assert len(steps) == 12
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_plain_batch_sampler_of_the_users(tmp_path, weighted):
+    data = Images()
+    sampler = WeightedRandomSampler([float(label == 2) for label in data.y], 24) if weighted else RandomSampler(data)
+    keeps = Keeps()
+    _fit(tmp_path, [keeps], DataLoader(data, batch_sampler=BatchSampler(sampler, 5, False)))
+    assert [len(batch) for batch in keeps.seen[-1]][:2] == [5, 5]
+    if weighted:
+        wanted = {tuple(x.flatten()[:3].tolist()) for x in data.x[data.y == 2]}
+        assert {tuple(x.flatten()[:3].tolist()) for x in keeps.samples()} <= wanted
+    else:
+        assert _same_samples(keeps.samples(), data.x)
+
+
+def test_what_cannot_be_rebuilt_is_refused_with_the_cure(tmp_path):
+    engine = trainer(tmp_path, max_epochs=1)
 
     class OwnWay(DataLoader):
         def __iter__(self):
@@ -273,6 +311,22 @@ def test_under_ddp_every_rank_takes_its_share_and_all_get_the_same(tmp_path, giv
         mean, var = population(model.net.conv1(Images(47).x))
     torch.testing.assert_close(validated["net.bn1.running_mean"].double(), mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(validated["net.bn1.running_var"].double(), var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.ddp
+def test_under_ddp_without_a_distributed_sampler_every_rank_has_all_of_its_loader(tmp_path):
+    live, keeps = loader(length=12), Keeps()
+    _fit(
+        tmp_path,
+        [keeps],
+        live,
+        model=SavesPerRank(tmp_path),
+        strategy="ddp_fork",
+        devices=2,
+        use_distributed_sampler=False,
+    )
+    for rank in (0, 1):
+        assert _same_samples(torch.load(tmp_path / f"{rank}.pt", weights_only=True)[2], Images(12).x)
 
 
 @pytest.mark.parametrize("sampler", [RandomSampler, SequentialSampler])

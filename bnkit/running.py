@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnkit.layers import batch_norm_layers
+from bnkit.preservation import undoing
 
 __all__ = ["Statistics", "read_statistics", "running_statistics", "write_statistics"]
 
@@ -55,7 +56,7 @@ def write_statistics(model: nn.Module, statistics: Statistics) -> None:
             values.append(cast.to(buffer.device))
     # One call for all: Python looks for Ctrl-C only between calls, so no layer is left behind.
     if targets:
-        with torch.no_grad(), torch.inference_mode(targets[0].is_inference()):
+        with torch.no_grad(), torch.inference_mode(any(target.is_inference() for target in targets)):
             torch._foreach_copy_(targets, values)
 
 
@@ -71,8 +72,6 @@ def running_statistics(model: nn.Module, statistics: Statistics) -> Iterator[Non
         KeyError, ValueError: as :func:`write_statistics`.
     """
     kept = {name: pair for name, pair in read_statistics(model).items() if name in statistics}
-    write_statistics(model, statistics)
-    try:
+    with undoing(lambda: write_statistics(model, kept)):
+        write_statistics(model, statistics)
         yield
-    finally:
-        write_statistics(model, kept)
