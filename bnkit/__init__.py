@@ -4,18 +4,27 @@ The functions here serve any PyTorch loop; ``bnkit.callbacks`` has the same for 
 imports torch alone.
 """
 
+from bnkit import norms
+from bnkit.conversion import Conversion
 from bnkit.moments import Moments
+from bnkit.norms import register_adapter
 from bnkit.observation import Observation, observe
 from bnkit.recalibration import recalibrate
 from bnkit.report import LayerReport, RecalibrationReport
 from bnkit.running import running_statistics
+from bnkit.swapping import revert, swap
 
 __all__ = [
+    "Conversion",
     "LayerReport",
     "Moments",
     "Observation",
     "RecalibrationReport",
+    "norms",
     "observe",
     "recalibrate",
+    "register_adapter",
+    "revert",
     "running_statistics",
+    "swap",
 ]

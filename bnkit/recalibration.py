@@ -80,7 +80,9 @@ def recalibrate(
             pass a layer, in the order in which the forward reaches them, each running the model only up to that layer
             (about half of a forward on average), so ``batches`` must be iterable again and again. The two differ where
             batches are small. The first batch tells the order: a layer that only a later one reaches is kept. A layer
-            that is used several times has itself upstream, and normalises by its batches meanwhile.
+            that is used several times has itself upstream, and normalises by its batches meanwhile. A model with layers
+            that normalise by their running statistics in training too (``Renorm``, ``MovingAverage``) is always
+            calibrated so.
         on_nonfinite: what to do with a batch in which a statistic is not finite: ``"raise"``, naming layer and batch,
             or ``"skip"`` the batch for all layers and count it in the report.
         frozen: names of the layers to leave as they are. Default: those in evaluation mode while the model is in
@@ -114,7 +116,9 @@ def recalibrate(
             model, batches, forward, max_samples, tolerance, on_nonfinite == "skip", process_group, progress
         )
         with eager(), random_states_preserved(model, batches), preserved(model), stand_ins(targets):
-            if consistency == "batch":
+            # Statistics that training normalises by too are those of no batch: only layer by layer do they fit.
+            one_pass = consistency == "batch" and not any(_trains_by_statistics(layer) for layer in targets.values())
+            if one_pass:
                 collected, passes = collector.collect(targets), 1
                 after = _mix(collector, prior, collected, prior_samples)
             else:
@@ -150,7 +154,8 @@ def _layer_by_layer(
     """consistency="population": each layer with everything upstream at its final statistics."""
     if isinstance(collector.batches, Iterator):
         raise ValueError(
-            'consistency="population" goes over the data once for each layer, but an iterator can be used only once: '
+            'consistency="population", or a variant that trains by its running statistics, takes a pass over the data '
+            "for each layer, but an iterator can be used only once: "
             "pass a list or a DataLoader."
         )
     order = collector.order(targets)
@@ -196,6 +201,10 @@ def _layer_report(
         standard_error=collected.layers[name].standard_error,
         source=collected.sources.get(name, "layer"),
     )
+
+
+def _trains_by_statistics(layer: _BatchNorm) -> bool:
+    return isinstance(layer, Variant) and layer.trains_by_statistics
 
 
 def _choose(

@@ -4,6 +4,7 @@ Usage::
 
     python scripts/train.py                                  # digits on the CPU, about a minute
     python scripts/train.py experiment=ema seed=1            # averaged weights
+    python scripts/train.py swap=ghost                       # another BatchNorm, from conf/bnkit/swap
     python scripts/train.py data=fashion_mnist trainer=gpu data.batch_size=64
     python scripts/train.py --multirun data.batch_size=2,4,8,16 logger=csv
     python scripts/train.py ckpt_path=RUN_DIR/checkpoints/last.ckpt trainer.max_epochs=16

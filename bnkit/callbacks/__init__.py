@@ -1,5 +1,6 @@
 """bnkit for PyTorch Lightning: thin callbacks that say when; the functions that they call say how."""
 
 from bnkit.callbacks.recalibration import BatchNormRecalibration
+from bnkit.callbacks.swap import BatchNormSwap
 
-__all__ = ["BatchNormRecalibration"]
+__all__ = ["BatchNormRecalibration", "BatchNormSwap"]

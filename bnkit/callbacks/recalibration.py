@@ -18,6 +18,7 @@ from bnkit.callbacks.order import run_after_other_callbacks
 from bnkit.callbacks.training_data import TrainingData
 from bnkit.feeding import Forward, default_forward
 from bnkit.layers import batch_norm_layers, tracks_statistics
+from bnkit.norms import Variant
 from bnkit.recalibration import check_arguments, recalibrate
 from bnkit.report import RecalibrationReport
 
@@ -37,7 +38,8 @@ class BatchNormRecalibration(Callback):
     The model is validated, and until the next training step saved, with the statistics of the training data under the
     weights that it has then, averaged weights included (``WeightAveraging``, ``EMAWeightAveraging``,
     ``StochasticWeightAveraging``); the order in which the callbacks are listed does not matter. The trained weights are
-    bit-identical to those without the callback: running statistics take no part in a training step.
+    bit-identical to those without the callback: running statistics take no part in a training step. Variants in whose
+    training they do (``Renorm``, ``MovingAverage``) and frozen layers are left alone, and named in ``report.kept``.
 
     The pass over the training data is its own: it builds new loaders over the same data sets, sends batches through
     the transfer hooks and the precision context, and runs ``LightningModule.forward``. The sanity check, ``validate``
@@ -185,6 +187,12 @@ class BatchNormRecalibration(Callback):
     def _layers_that_track(pl_module: LightningModule) -> list[str]:
         return [name for name, layer in batch_norm_layers(pl_module).items() if tracks_statistics(layer)]
 
+    def _to_keep(self, pl_module: LightningModule) -> set[str]:
+        """What training holds frozen, and what it normalises by: that would change the training."""
+        layers = batch_norm_layers(pl_module)
+        used = {name for name, layer in layers.items() if isinstance(layer, Variant) and layer.trains_by_statistics}
+        return (self._frozen & layers.keys()) | used
+
     def _is_time(self, trainer: Trainer) -> bool:
         if self.every_n_steps is not None:
             return trainer.global_step - self._last_step >= self.every_n_steps
@@ -202,7 +210,7 @@ class BatchNormRecalibration(Callback):
             pl_module,
             TrainingData(trainer, pl_module, self._dataloader),
             forward=forward,
-            frozen=self._frozen & batch_norm_layers(pl_module).keys(),
+            frozen=self._to_keep(pl_module),
             **self._options,
         )
         self._last_step = trainer.global_step

@@ -41,6 +41,7 @@ once a training forward, with the mean and unbiased variance of all samples of t
 MovingAverage with 0 and E[x²]. Frozen and Group do not update.
 """
 
+from bnkit.norms.adapters import register_adapter, register_kind
 from bnkit.norms.base import Variant
 from bnkit.norms.domain import Domain, domain, plain_state_dict
 from bnkit.norms.frozen import Frozen
@@ -49,7 +50,7 @@ from bnkit.norms.group import Group
 from bnkit.norms.moving_average import MovingAverage
 from bnkit.norms.norm_batch import NormBatch
 from bnkit.norms.renorm import Renorm
-from bnkit.norms.spec import Context, Spec, original_class, register_kind, spec_of, undo
+from bnkit.norms.spec import Context, Spec, original_class, spec_of, undo
 from bnkit.norms.sync import Sync, pool_running_statistics
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "original_class",
     "plain_state_dict",
     "pool_running_statistics",
+    "register_adapter",
     "register_kind",
     "spec_of",
     "undo",

@@ -35,6 +35,8 @@ class Variant(_BatchNorm):
 
     holds_statistics: ClassVar[bool] = False
     """Whether the running statistics are not to change: training normalises by them."""
+    trains_by_statistics: ClassVar[bool] = False
+    """Whether a training forward normalises by the running statistics too, so that writing them changes training."""
     waits_for_ranks: ClassVar[bool] = False
     """Whether a training forward has a collective, in which every rank must take part."""
 

@@ -30,6 +30,8 @@ class _Step(NamedTuple):
 class _MovingAverage(Variant):
     """Normalises by averages over the last batches; see :class:`MovingAverage`."""
 
+    trains_by_statistics = True
+
     @property
     def averages(self) -> dict[str, Tensor]:
         """The step and the last batches' statistics: what resuming exactly needs beside the state_dict, by name.

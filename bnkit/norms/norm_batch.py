@@ -55,7 +55,7 @@ class NormBatch(Spec):
         """
         batch, ranks = context.device_batch, context.world_size
         if batch is None or batch < 1:
-            raise ValueError(f"{self} depends on the device's batch size, which is not known: state it.")
+            raise ValueError(f"{self} depends on the device's batch size, which is not known: give it as device_batch.")
         if self.size < batch:
             return Ghost(self.size)
         if self.size > batch * ranks:

@@ -22,6 +22,8 @@ STEP = "_renorm_step"
 class _Renorm(Variant):
     """Corrects the batch's statistics towards the running ones; see :class:`Renorm`."""
 
+    trains_by_statistics = True
+
     @property
     def step(self) -> int:
         """Training forwards so far: the position in the schedule. Not in the state_dict; a callback keeps it."""

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Context", "Spec", "Swapped", "original_class", "register_kind", "spec_of", "undo"]
+from bnkit.norms.adapters import TORCH, adapted, kind_of
+
+__all__ = ["Context", "Spec", "Swapped", "original_class", "spec_of", "undo"]
 
 RECORD = "_bnkit_swapped"
 """Name of the attribute that holds a swapped module's :class:`Swapped`. Not a part of the state_dict."""
-
-_TORCH: tuple[type[_BatchNorm], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_KINDS: dict[type[nn.Module], type[_BatchNorm]] = {kind: kind for kind in _TORCH}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Spec:
             TypeError: for a layer whose class is not known, and for a convolution that cannot be swapped.
             ValueError: for a layer without the running statistics that the spec works by.
         """
-        _kind(layer)
+        kind_of(original_class(layer))
         if self.needs_running_statistics and layer.running_var is None:
             raise ValueError(f"{self} works by running statistics: give the layer track_running_stats=True.")
 
@@ -100,7 +99,7 @@ class Spec:
             return
         spec.check(layer, context)
         undo(layer)
-        variant = spec.layers[_TORCH.index(_kind(layer))]
+        variant = adapted(spec.layers[TORCH.index(kind_of(type(layer)))], type(layer))
         setattr(layer, RECORD, Swapped(type(layer), spec, spec.attach(layer, context)))
         layer.__class__ = variant
 
@@ -131,27 +130,3 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that :func:`undo` would give back."""
     record: Swapped | None = module.__dict__.get(RECORD)
     return type(module) if record is None else record.original
-
-
-def register_kind(layer_class: type[_BatchNorm], kind: type[_BatchNorm]) -> None:
-    """Let a class be swapped as if it were torch's ``kind``; :func:`undo` gives the class itself back.
-
-    Right only for a class whose forward is BatchNorm's own: whatever else its forward does is absent while swapped.
-
-    Raises:
-        ValueError: where ``kind`` is none of BatchNorm1d, BatchNorm2d and BatchNorm3d.
-    """
-    if kind not in _TORCH:
-        raise ValueError(f"A kind is nn.BatchNorm1d, nn.BatchNorm2d or nn.BatchNorm3d, not {kind.__name__}.")
-    _KINDS[layer_class] = kind
-
-
-def _kind(layer: nn.Module) -> type[_BatchNorm]:
-    """Which of torch's three classes the layer is, or was before it was swapped."""
-    cls = original_class(layer)
-    if cls not in _KINDS:
-        raise TypeError(
-            f"bnkit does not know what {cls.__module__}.{cls.__qualname__} does beside batch normalization, so it "
-            "cannot swap it: register the class if its forward is BatchNorm's own, or leave the layer out."
-        )
-    return _KINDS[cls]

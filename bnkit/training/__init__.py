@@ -8,6 +8,7 @@ from bnkit.training.fashion_mnist import FashionMNIST
 from bnkit.training.images import ImageData, ImageDataset
 from bnkit.training.job import run
 from bnkit.training.resnet import BasicBlock, ResNet
+from bnkit.training.study import run_study
 
 __all__ = [
     "BasicBlock",
@@ -21,4 +22,5 @@ __all__ = [
     "StatisticsComparison",
     "recalibrate_checkpoint",
     "run",
+    "run_study",
 ]

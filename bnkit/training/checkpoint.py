@@ -15,6 +15,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 import bnkit
+from bnkit.callbacks.swap_state import swap_as_saved
 from bnkit.training.job import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def recalibrate_checkpoint(cfg: DictConfig) -> Path:
     datamodule.prepare_data()
     datamodule.setup()
     module: nn.Module = instantiate(trained.model, _convert_="all")
+    swap_as_saved(module, checkpoint)
     _fill(module, checkpoint["state_dict"], path)
     module.to(device).eval()
 

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.nn import functional as F
 
+from bnkit import norms
 from bnkit.callbacks import BatchNormRecalibration
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*log_every_n_steps")
@@ -98,6 +99,21 @@ def test_a_frozen_layer_is_not_touched_though_validation_puts_all_in_evaluation_
     _fit(tmp_path, [callback], model=model)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.net.bn1.named_buffers())
     assert callback.report.kept == {"net.bn1": "frozen"}
+
+
+@pytest.mark.parametrize("spec", [norms.Renorm(warmup_steps=1), norms.Frozen(), norms.Group(2)])
+def test_statistics_that_training_normalises_by_are_left_to_it(tmp_path, spec):
+    class Swapped(Classifier):
+        def __init__(self):
+            super().__init__()
+            spec.apply(self.net.bn1)
+
+    plain, _ = _fit(tmp_path, model=Swapped)
+    callback = BatchNormRecalibration()
+    ours, _ = _fit(tmp_path, [callback], model=Swapped)
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(ours).values(), strict=True))
+    assert "net.bn1" in callback.report.kept
+    assert "net.bn2" in callback.report.layers
 
 
 # --- when

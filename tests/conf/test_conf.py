@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from importlib.resources import files
@@ -15,10 +16,24 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import bnkit
-from bnkit.callbacks import BatchNormRecalibration
+from bnkit.callbacks import BatchNormRecalibration, BatchNormSwap
+from bnkit.norms import Ghost
 
 CONF = Path(str(files("bnkit.conf")))
 JOB_GROUPS = ("callbacks", "data", "debug", "experiment", "logger", "model", "trainer")
+SWAPS = sorted(path.stem for path in (CONF / "bnkit" / "swap").glob("*.yaml"))
+SPECS = {
+    "domain": ["Domain"],
+    "frozen": ["Frozen"],
+    "ghost": ["Ghost"],
+    "group": ["Group"],
+    "group_ws": ["Group"],
+    "moving_average": ["MovingAverage"],
+    "none": [],
+    "norm_batch": ["NormBatch"],
+    "renorm": ["Renorm"],
+    "sync": ["Sync"],
+}
 OPTIONS = [(group, path.stem) for group in JOB_GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
@@ -50,7 +65,7 @@ def check_targets(cfg: DictConfig) -> None:
 
 def test_every_folder_of_the_job_is_tested_here():
     folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
-    assert folders == {".", "bnkit/callback", *JOB_GROUPS}
+    assert folders == {".", "bnkit/callback", "bnkit/swap", *JOB_GROUPS}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -92,11 +107,48 @@ def test_the_recalibration_script_has_every_knob_at_its_default():
 
 @pytest.mark.parametrize("path", sorted((CONF / "bnkit").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_knob_of_a_group_for_others_has_a_comment(path):
-    lines = path.read_text().splitlines()
+    lines = [line.strip() for line in path.read_text().splitlines()]
     assert lines[0].startswith("# ")
     for before, line in pairwise(lines):
         if not line.startswith(("#", "_target_")):
             assert before.startswith("# "), f"{path.name}: {line}"
+
+
+@pytest.mark.parametrize("option", SWAPS)
+def test_every_swap_composes_by_its_short_name_and_is_built(option):
+    cfg = composed("train", f"swap={option}", "run_dir=run")
+    check_targets(cfg)
+    parameters = inspect.signature(BatchNormSwap).parameters
+    assert set(cfg.callbacks.swap) == {"_target_", *parameters}
+    callback = instantiate(cfg.callbacks.swap, _convert_="all")
+    assert isinstance(callback, BatchNormSwap)
+    assert [type(spec).__name__ for spec in callback.schedule.specs()] == SPECS[option]
+    for spec in callback.schedule.specs():
+        given = next(node for target, node in targets(OmegaConf.to_container(cfg.callbacks.swap)) if "norms" in target)
+        assert set(given) == {field.name for field in dataclasses.fields(spec)}, "every knob of the spec is there"
+
+
+def test_the_job_swaps_nothing_by_itself():
+    assert "swap" not in composed("train", "run_dir=run").callbacks
+    assert set(SPECS) == set(SWAPS)
+
+
+def test_another_app_composes_a_swap_by_two_lines(tmp_path):
+    (tmp_path / "app.yaml").write_text(
+        "defaults:\n"
+        "  - /bnkit/swap@callbacks.mine: ghost\n"
+        "  - _self_\n"
+        "hydra:\n"
+        "  searchpath: [pkg://bnkit.conf]\n"
+        "callbacks:\n"
+        "  mine:\n"
+        "    rules:\n"
+        "      size: 5\n"
+    )
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("app")
+    assert list(cfg.callbacks) == ["mine"]
+    assert list(instantiate(cfg.callbacks.mine).schedule.specs()) == [Ghost(5)]
 
 
 def test_another_app_composes_the_callback_by_two_lines(tmp_path):

@@ -7,8 +7,8 @@ from torch import nn
 
 from bnkit import norms
 from bnkit.norms import Frozen, Ghost, Group, Spec, Sync, original_class, register_kind, spec_of, undo
+from bnkit.norms.adapters import _KINDS
 from bnkit.norms.ghost import GhostBatchNorm2d
-from bnkit.norms.spec import _KINDS
 
 
 class Renamed(nn.BatchNorm2d):

@@ -128,6 +128,21 @@ def test_without_recalibration_the_job_trains_all_the_same(job_config):
     assert not any(name.startswith("test/") for name in metrics)
 
 
+@pytest.mark.filterwarnings("ignore:BatchNormRecalibration has nothing to do")  # group normalization has no statistics
+@pytest.mark.parametrize(
+    "swap", ["domain", "frozen", "ghost", "group", "group_ws", "moving_average", "none", "norm_batch", "renorm", "sync"]
+)
+def test_the_job_trains_with_any_other_batch_norm(job_config, tmp_path, swap):
+    metrics = run(job_config(f"swap={swap}"))
+    assert 0 <= metrics["test/accuracy"] <= 1
+    assert (
+        weights(tmp_path / "run").keys()
+        >= ImageClassifier(ResNet(), num_classes=10, optimizer=None).state_dict().keys()
+    )
+    state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    assert ("BatchNormSwap" in state) == (swap != "none")
+
+
 def test_processes_that_would_repeat_the_sweep_are_refused(tmp_path):
     with initialize_config_module("bnkit.conf", version_base="1.3"):
         overrides = ["trainer=ddp", "trainer.strategy=ddp", "logger=none", f"run_dir={tmp_path}"]
