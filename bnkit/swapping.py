@@ -10,17 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from bnkit import ranks
 from bnkit.conversion import Conversion, LayerConversion
 from bnkit.layers import batch_norm_layers
-from bnkit.norms import Context, NormBatch, Spec, original_class, spec_of, undo
+from bnkit.norms import Context, Frozen, NormBatch, Spec, original_class, spec_of, undo
 from bnkit.norms.adapters import kind_of
 from bnkit.norms.spec import RECORD
 from bnkit.preceding import find_convolutions
 from bnkit.rules import Match, Rules, match, unused
 
-__all__ = ["OnUnknown", "check_on_unknown", "revert", "swap", "swap_layers"]
+__all__ = ["OnUnknown", "check_on_unknown", "revert", "swap", "swap_layers", "why_unknown"]
 
 OnUnknown = Literal["error", "skip"]
 
@@ -53,7 +54,8 @@ def swap(
         on_unknown: what to do with a layer that a rule is for but whose class is not torch's own and has no
             :func:`register_adapter`. "error": refuse, naming all of them; "skip": leave it alone, and say so in the
             table.
-        dry_run: check everything and change nothing.
+        dry_run: check everything and change nothing. (For ``Sync`` over sub-groups the groups are made, so every rank
+            must take part.)
         device_batch: samples in one device's training batch, which ``NormBatch`` resolves by.
         world_size: ranks that train together; None: those of the initialized process group, or 1.
         convolutions: names of convolutions by layer name, for the specs that need the convolution before a layer
@@ -115,7 +117,7 @@ def swap_layers(
         if name not in layers:
             raise ValueError(f"convolutions: the model has no BatchNorm layer {name!r}.")
     asked = {name: rule.spec for name, rule in matches.items() if rule.spec is not None}
-    unknown = {name: why for name in asked if (why := _why_unknown(layers[name]))}
+    unknown = {name: why for name in asked if (why := why_unknown(layers[name]))}
     if unknown and on_unknown == "error":
         raise TypeError("\n".join(f"{name}: {why}" for name, why in unknown.items()))
     asked = {name: spec for name, spec in asked.items() if name not in unknown}
@@ -156,8 +158,15 @@ def revert(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the layers that were given back; none for a model that was not swapped.
+
+    Raises:
+        TypeError: for a layer that was parametrized after it was swapped; nothing has changed then.
     """
-    return [name for name, layer in batch_norm_layers(model).items() if undo(layer)]
+    layers = batch_norm_layers(model)
+    for name, layer in layers.items():
+        if spec_of(layer) is not None and is_parametrized(layer):
+            raise TypeError(f"{name} was parametrized after it was swapped: remove its parametrizations first.")
+    return [name for name, layer in layers.items() if undo(layer)]
 
 
 def check_on_unknown(on_unknown: str) -> None:
@@ -166,7 +175,7 @@ def check_on_unknown(on_unknown: str) -> None:
         raise ValueError(f"on_unknown is 'error' or 'skip', not {on_unknown!r}.")
 
 
-def _why_unknown(layer: _BatchNorm) -> str:
+def why_unknown(layer: _BatchNorm) -> str:
     """Why a layer cannot be swapped, whatever the spec; empty where it can."""
     try:
         kind_of(original_class(layer))
@@ -195,7 +204,32 @@ def _check(
                 spec.check(layers[name], contexts[name])
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
+    _check_sharing(model, layers, found, resolved)
     return contexts, resolved
+
+
+def _check_sharing(
+    model: nn.Module,
+    layers: Mapping[str, _BatchNorm],
+    convolutions: Mapping[str, nn.Module],
+    resolved: Mapping[str, Spec | None],
+) -> None:
+    """Refuse what a swap would change for others too."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    users: dict[int, str] = {}
+    for name, convolution in convolutions.items():
+        other = users.setdefault(id(convolution), name)
+        if other != name:
+            raise ValueError(f"{name}: its convolution is also that of {other}; it can be swapped for one only.")
+        if any(len(holders.get(id(parameter), ())) > 1 for parameter in convolution.parameters(recurse=False)):
+            raise ValueError(f"{name}: the convolution before it shares a parameter with another module.")
+    for name, spec in resolved.items():
+        tied = any(len(holders[id(parameter)]) > 1 for parameter in layers[name].parameters(recurse=False))
+        if isinstance(spec, Frozen) and not spec.affine and tied:
+            raise ValueError(f"{name}: Frozen(affine=False) would freeze a parameter that another module has too.")
 
 
 @contextmanager
@@ -220,7 +254,7 @@ def _restored_on_failure(layers: list[_BatchNorm], convolutions: list[nn.Module 
         with torch.no_grad():
             for parameter, learns, value in parameters:
                 parameter.requires_grad_(learns)
-                if not torch.equal(parameter, value):
+                if not parameter.is_meta and not torch.equal(parameter, value):
                     parameter.copy_(value)
         raise
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from helpers.references import ConvNet, assert_same, inputs, snapshot
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import bnkit
+from bnkit import norms
 from bnkit.norms import (
     Domain,
     Frozen,
@@ -688,3 +690,58 @@ def test_nothing_is_warned_of_where_all_is_well():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         swap(ConvNet(), {"bn1": Ghost(2), "*": None})
+
+
+# --- what a swap would change for others too
+
+
+def test_a_convolution_of_two_layers_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="2: its convolution is also that of 1"):
+        bnkit.swap(model, norms.MovingAverage(), convolutions={"1": "0", "2": "0"})
+    assert type(model[0]) is nn.Conv2d
+
+
+def test_a_convolution_with_a_shared_weight_is_refused():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match="shares a parameter"):
+        bnkit.swap(model, norms.Group(2, weight_standardization=True, fold=False))
+
+
+def test_a_weight_that_a_hook_computes_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(TypeError, match="computed by a hook"):
+        bnkit.swap(model, norms.MovingAverage())
+
+
+def test_freezing_a_tied_parameter_is_refused():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="0: Frozen"):
+        bnkit.swap(model, norms.Frozen(affine=False))
+    bnkit.swap(model, norms.Frozen())
+    assert model[0].weight.requires_grad
+
+
+def test_a_layer_parametrized_after_its_swap_is_not_broken_by_a_revert():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    bnkit.swap(model, norms.Ghost(2))
+    torch.nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Identity())
+    with pytest.raises(TypeError, match="1 was parametrized"):
+        bnkit.revert(model)
+    assert type(model[0]).__name__ == "GhostBatchNorm1d"
+    model(torch.randn(4, 3))
+    torch.nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    assert bnkit.revert(model) == ["0", "1"]
+
+
+def test_domains_loaded_by_assignment_are_apart():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    plain = model.state_dict()
+    bnkit.swap(model, norms.Domain(["a", "b"]))
+    model.load_state_dict({name: value.clone() for name, value in plain.items()}, assign=True)
+    with norms.domain(model, "b"):
+        model(torch.randn(8, 3) + 5)
+    assert not model[0].running_mean.any()

@@ -109,7 +109,6 @@ class BatchNormRecalibration(Callback):
         self._last_step = 0
         self._is_current = False
         self._warned = False
-        self._averaged: int | None = None
         self._due = False
         self._layers: dict[str, _BatchNorm] = {}
         self._frozen: set[str] = set()
@@ -128,16 +127,16 @@ class BatchNormRecalibration(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if there is nothing to do."""
         self._is_current = False
-        if not self._layers_that_track(pl_module):
+        if not self._layers_to_recalibrate(pl_module):
             rank_zero_warn(
                 f"BatchNormRecalibration has nothing to do: {type(pl_module).__name__} has no BatchNorm layers that "
-                "track running statistics."
+                "track running statistics, beside those that training normalises by (Frozen, Renorm, MovingAverage)."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See to it that the training data can be read."""
         self._last_step = min(self._last_step, trainer.global_step)  # an earlier fit may have gone on for longer
-        if self._layers_that_track(pl_module):
+        if self._layers_to_recalibrate(pl_module):
             TrainingData(trainer, pl_module, self._dataloader).check()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,7 +160,7 @@ class BatchNormRecalibration(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if weights were averaged once more after they were validated, and will be saved so."""
-        if self._averaged is not None and self._averaged != _number_averaged(trainer) and not self._warned:
+        if self._is_current and not self._warned and _averaged_at_epoch_end(trainer):
             self._warned = True
             rank_zero_warn(
                 "The averaged weights were updated at the end of the epoch, after they had been recalibrated and "
@@ -184,8 +183,13 @@ class BatchNormRecalibration(Callback):
         self._last_step = state_dict["last_step"]
 
     @staticmethod
-    def _layers_that_track(pl_module: LightningModule) -> list[str]:
-        return [name for name, layer in batch_norm_layers(pl_module).items() if tracks_statistics(layer)]
+    def _layers_to_recalibrate(pl_module: LightningModule) -> list[str]:
+        return [
+            name
+            for name, layer in batch_norm_layers(pl_module).items()
+            if tracks_statistics(layer)
+            and not (isinstance(layer, Variant) and (layer.holds_statistics or layer.trains_by_statistics))
+        ]
 
     def _to_keep(self, pl_module: LightningModule) -> set[str]:
         """What training holds frozen, and what it normalises by: that would change the training."""
@@ -199,7 +203,7 @@ class BatchNormRecalibration(Callback):
         return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._layers_that_track(pl_module):
+        if not self._layers_to_recalibrate(pl_module):
             return  # on_fit_start has said so
 
         def forward(model: nn.Module, batch: Any) -> Any:
@@ -215,7 +219,6 @@ class BatchNormRecalibration(Callback):
         )
         self._last_step = trainer.global_step
         self._is_current = True
-        self._averaged = _number_averaged(trainer)
         self._log(trainer, self.report)
 
     def _log(self, trainer: Trainer, report: RecalibrationReport) -> None:
@@ -230,10 +233,10 @@ class BatchNormRecalibration(Callback):
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def _number_averaged(trainer: Trainer) -> int | None:
-    """How many times a WeightAveraging callback has updated its average; None where there is none."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        number = getattr(getattr(callback, "_average_model", None), "n_averaged", None)
-        if isinstance(callback, _AVERAGING) and number is not None:
-            return int(number)
-    return None
+def _averaged_at_epoch_end(trainer: Trainer) -> bool:
+    """Whether a WeightAveraging callback has updated its average since the last batch of the epoch."""
+    return any(
+        getattr(callback, "_latest_update_epoch", None) == trainer.current_epoch
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, _AVERAGING) and not isinstance(callback, StochasticWeightAveraging)
+    )

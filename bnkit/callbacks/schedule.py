@@ -83,7 +83,8 @@ class Schedule:
                 starts[key] = key
         for key, epoch in starts.items():
             same = [str(other) for other, start in starts.items() if start == epoch]
-            if len(same) > 1:
+            # In a run cut short (fast_dev_run) several may be at its end, which is never reached.
+            if len(same) > 1 and (max_epochs is None or max_epochs < 0 or epoch < max_epochs):
                 raise ValueError(f"The schedule's {' and '.join(same)} are both epoch {epoch}.")
             if max_epochs is not None and 0 <= max_epochs <= epoch and key:
                 warn(f"The schedule's rules for {key} begin at epoch {epoch}, and training ends before it.")

@@ -21,7 +21,7 @@ from bnkit.conversion import Conversion
 from bnkit.layers import batch_norm_layers
 from bnkit.norms import Frozen, NormBatch, Spec, Sync, pool_running_statistics, spec_of, undo
 from bnkit.rules import Match
-from bnkit.swapping import OnUnknown, check_on_unknown, swap_layers
+from bnkit.swapping import OnUnknown, check_on_unknown, swap_layers, why_unknown
 
 __all__ = ["BatchNormSwap"]
 
@@ -104,12 +104,14 @@ class BatchNormSwap(Callback):
         self._batch: int | None = None
         self._evaluating = False
         self._known = False  # whether it is known which stage the module is in
+        self._remembered: dict[str, dict[str, Any]] = {}  # by layer, at the end of the last epoch
         self._planned: dict[str, str] = {}  # by layer, what a checkpoint's rules resolved to
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, and swap as soon as the module is built."""
         self._hooks.unwrap()
         if not self.schedule:
+            self._hooks.wrap(pl_module, "on_load_checkpoint", before=self._warn_of_swapped)
             return
         self._evaluating = stage != TrainerFn.FITTING
         self._batch, self._planned = self.device_batch, {}
@@ -163,6 +165,7 @@ class BatchNormSwap(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pool before checkpoints of the epoch's end, those of the weights alone too."""
         self._pool(trainer)
+        self._remembered = layer_states(batch_norm_layers(pl_module))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Pool in place: the checkpoint holds the buffers themselves. Lightning calls this on every rank."""
@@ -173,6 +176,14 @@ class BatchNormSwap(Callback):
         """Pool for the model that fit leaves behind."""
         self._pool(trainer)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Weight averaging has copied its average over what the layers remember: give that back."""
+        load_layer_states(batch_norm_layers(pl_module), self._remembered)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave none of the module's hooks wrapped, also where the loop was skipped."""
+        self._hooks.unwrap(*self._averaged(trainer))
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave none of the module's hooks wrapped."""
         self._hooks.unwrap(*self._averaged(trainer))
@@ -182,11 +193,13 @@ class BatchNormSwap(Callback):
         if self._module is None or not self._stages:
             return {}
         layers = batch_norm_layers(self._module)
+        rules = {name: rule for name, rule in self._rules.items() if not why_unknown(layers[name])}
         return {
             "rules": self.schedule.to_dict(),
             "stages": list(self._stages),
-            "layers": {name: str(rule.spec) for name, rule in self._rules.items()},
-            "plan": {name: str(spec_of(layers[name]) or "plain BatchNorm") for name in self._rules},
+            "layers": {name: str(rule.spec) for name, rule in rules.items()},
+            "plan": {name: str(spec_of(layers[name]) or "plain BatchNorm") for name in rules},
+            "convolutions": dict(self.convolutions),
             "remembered": layer_states(layers),
         }
 
@@ -219,7 +232,9 @@ class BatchNormSwap(Callback):
             stages = self.schedule.start if self._evaluating else self.schedule.due(checkpoint["epoch"])
         self._go_to(trainer, stages)
         self._known = True
-        difference = describe_difference(state["layers"], {name: str(rule.spec) for name, rule in self._rules.items()})
+        layers = batch_norm_layers(self._the_module)
+        now = {name: str(rule.spec) for name, rule in self._rules.items() if not why_unknown(layers[name])}
+        difference = describe_difference(state["layers"], now)
         if difference:
             warn(
                 f"The checkpoint's BatchNorm layers differ from those of this BatchNormSwap, whose rules apply: "
@@ -228,6 +243,14 @@ class BatchNormSwap(Callback):
         else:
             self._planned = state["plan"]
         load_layer_states(batch_norm_layers(self._the_module), state["remembered"])
+
+    def _warn_of_swapped(self, checkpoint: dict[str, Any]) -> None:
+        state = (checkpoint.get("callbacks") or {}).get(self.state_key)
+        if state and state.get("layers"):
+            warn(
+                "The checkpoint was trained with swapped BatchNorm layers, and this BatchNormSwap leaves them plain. "
+                f"To go on as it was trained, give it the rules {state['rules']}."
+            )
 
     def _begin_evaluation(self) -> None:
         self._hooks.unwrap()

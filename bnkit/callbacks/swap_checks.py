@@ -11,6 +11,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from bnkit import ranks
 from bnkit.norms import Domain, Spec
 
 __all__ = ["check_freezing", "check_trainer", "loader_batch"]
@@ -60,6 +61,11 @@ def loader_batch(trainer: Trainer) -> int:
         raise MisconfigurationException(
             "NormBatch depends on the samples in a device's batch, which cannot be known from the training loader "
             f"({', '.join(type(loader).__name__ for loader in loaders)}): give BatchNormSwap(device_batch=...)."
+        )
+    everywhere = [int(row[0]) for row in ranks.all_gather_numbers((size,))]
+    if len(set(everywhere)) > 1:
+        raise MisconfigurationException(
+            f"NormBatch depends on the samples in a device's batch, and the ranks differ in theirs: {everywhere}."
         )
     return size
 

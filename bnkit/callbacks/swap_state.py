@@ -72,7 +72,11 @@ def swap_as_saved(model: nn.Module, checkpoint: Mapping[str, Any]) -> Conversion
     Returns:
         The conversion; None where the checkpoint knows of no swap.
     """
-    state = (checkpoint.get("callbacks") or {}).get("BatchNormSwap")
+    states = (checkpoint.get("callbacks") or {}).values()
+    # By what it holds, for a subclass has another key.
+    state = next((state for state in states if isinstance(state, Mapping) and "remembered" in state), None)
     rules = parse_rules({glob.escape(name): spec for name, spec in state["layers"].items()}) if state else None
     rules = {name: spec for name, spec in (rules or {}).items() if not isinstance(spec, NormBatch | Sync)}
-    return swap(model, rules) if rules else None
+    if not rules or state is None:
+        return None
+    return swap(model, rules, convolutions={k: v for k, v in state["convolutions"].items() if glob.escape(k) in rules})

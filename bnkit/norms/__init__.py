@@ -41,7 +41,7 @@ once a training forward, with the mean and unbiased variance of all samples of t
 MovingAverage with 0 and E[x²]. Frozen and Group do not update.
 """
 
-from bnkit.norms.adapters import register_adapter, register_kind
+from bnkit.norms.adapters import register_adapter
 from bnkit.norms.base import Variant
 from bnkit.norms.domain import Domain, domain, plain_state_dict
 from bnkit.norms.frozen import Frozen
@@ -70,7 +70,6 @@ __all__ = [
     "plain_state_dict",
     "pool_running_statistics",
     "register_adapter",
-    "register_kind",
     "spec_of",
     "undo",
 ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["TORCH", "After", "adapted", "kind_of", "register_adapter", "register_kind"]
+__all__ = ["TORCH", "After", "adapted", "kind_of", "register_adapter"]
 
 After = Callable[[Any, Tensor], Tensor]
 """What a layer does with its normalised activation: a function of the layer and the activation."""
@@ -72,15 +72,6 @@ def register_adapter(
     if kind not in TORCH:
         raise ValueError(f"A kind is nn.BatchNorm1d, nn.BatchNorm2d or nn.BatchNorm3d, not {kind.__name__}.")
     _KINDS[layer_class] = Adapter(kind, after)
-
-
-def register_kind(layer_class: type[_BatchNorm], kind: type[_BatchNorm]) -> None:
-    """Let a class be swapped as if it were torch's ``kind``: :func:`register_adapter` for a plain forward.
-
-    Raises:
-        TypeError, ValueError: as :func:`register_adapter`.
-    """
-    register_adapter(layer_class, kind)
 
 
 def kind_of(layer_class: type[nn.Module]) -> type[_BatchNorm]:

@@ -100,14 +100,18 @@ def check_weights(module: nn.Module | None, spec: Any) -> None:
     """Refuse what :func:`swap_weights` cannot swap.
 
     Raises:
-        TypeError: for no module, one of another class (a transposed or a parametrized convolution), and one whose
-        output
-            channels have a single weight each.
+        TypeError: for no module, one of another class (a transposed or a parametrized convolution), one whose weight is
+            computed before each forward, and one whose output channels have a single weight each.
     """
     cls = None if module is None else original_class(module)
     if module is None or cls not in _CLASSES["centered"]:
         found = "there is none" if cls is None else f"it is a {cls.__module__}.{cls.__qualname__}"
         raise TypeError(f"{spec} needs an nn.Conv1d, Conv2d, Conv3d or Linear right before the layer, and {found}.")
+    if "weight" not in module._parameters:
+        raise TypeError(
+            f"{spec} works by the weight of {module}, and that is computed by a hook (weight_norm, spectral_norm, "
+            "pruning): make it permanent first."
+        )
     if module.weight[0].numel() < 2:  # type: ignore[index]
         raise TypeError(f"{spec} needs more than one weight an output channel, and {module} has one: less its mean, 0.")
 

@@ -57,7 +57,9 @@ class _Domain(Variant):
         for name in self.spec.names[1:]:
             keys = {own: f"{prefix}{own}_{name}" for own in _STATISTICS}
             if not any(key in state_dict for key in keys.values()):  # a checkpoint from before this domain
-                found = {key: state_dict[prefix + own] for own, key in keys.items() if prefix + own in state_dict}
+                found = {
+                    key: state_dict[prefix + own].clone() for own, key in keys.items() if prefix + own in state_dict
+                }
                 state_dict.update(found)
         with self._using(self.spec.names[0]):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

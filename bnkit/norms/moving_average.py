@@ -70,7 +70,7 @@ class _MovingAverage(Variant):
             now = _Step((step % spec.window).view(1), (step > spec.window) & (step >= spec.warmup_steps))
             batch = input.detach().to(dtype).square().mean([d for d in range(input.dim()) if d != 1])
             window = self._state(FORWARD)
-            window.index_copy_(0, now.slot, batch.to(window.dtype)[None])
+            _remember(window, now.slot, batch)
             second = torch.where(now.averaging, window.mean(0).to(dtype), batch)
             correction = self._correction(second, step > max(spec.renorm_steps, spec.warmup_steps))
         output: Tensor = _Normalized.apply(  # type: ignore[no-untyped-call]
@@ -124,7 +124,7 @@ class _Normalized(Function):
         factor = correction if weight is None else correction * weight
         batch = factor * scaled / (x.numel() // x.shape[1])
         window: Tensor = ctx.window
-        window.index_copy_(0, slot, batch.to(window.dtype)[None])
+        _remember(window, slot, batch)
         moment = torch.where(averaging, window.mean(0).to(batch.dtype), batch)
         inverse = (second + ctx.eps).rsqrt()
         grad_x = None
@@ -167,7 +167,10 @@ class MovingAverage(Spec):
         The backward pass is not the gradient of the forward pass; gradient checks do not apply. It is a method to train
         with from the start: centring a trained convolution's weights changes what it computes. A bias in that
         convolution is not centred. Call it once a step: several calls, or accumulation, fill the window faster.
-        Under ``torch.compile`` the graph breaks here.
+        Under ``torch.compile`` the graph breaks here. With a loss scaler, averages of the backward pass are of mixed
+        scales for ``window`` steps after the scale has changed; what is not finite stays out of them. Its state_dict
+        fits plain BatchNorm, but holds convolution weights that are centred only when used: revert the model before
+        saving it for plain BatchNorm.
 
     Training: until the window is full and ``warmup_steps`` have passed, both averages are the batch's own; until
     ``renorm_steps`` have passed, r is 1. ``running_mean`` is 0 and ``running_var`` an average of :math:`\chi^2` by
@@ -230,7 +233,7 @@ class MovingAverage(Spec):
         convolution = context.convolution if self.center_weights else None
         if convolution is not None:
             swap_weights(convolution, "centered", self)
-        return {"convolution": convolution, "batches": _batches(layer)}
+        return {"convolution": convolution}
 
     def detach(self, layer: _BatchNorm, kept: dict[str, Any]) -> None:
         """Take the windows away; give the convolution its class back, and its weights as they were used."""
@@ -240,10 +243,23 @@ class MovingAverage(Spec):
         convolution = kept["convolution"]
         if convolution is not None:
             undo(convolution)
-            if _batches(layer) != kept["batches"]:
+            if _has_trained(layer):
                 with torch.no_grad():
                     convolution.weight.copy_(centered(convolution.weight))
 
 
-def _batches(layer: _BatchNorm) -> int:
-    return 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked.item())
+def _has_trained(layer: _BatchNorm) -> bool:
+    """Whether the statistics are a moving average's, which every training forward and every checkpoint of one tell."""
+    mean, batches = layer.running_mean, layer.num_batches_tracked
+    if mean is None or mean.is_meta or batches is None:
+        return False
+    return bool(batches > 0) and not bool(mean.any())
+
+
+def _remember(window: Tensor, slot: Tensor, batch: Tensor) -> None:
+    """Write a batch's statistic to the window, but for what is not finite.
+
+    A loss scaler skips the step of an overflow, so the window, which nothing else would clear for many steps, must too.
+    """
+    kept = torch.where(batch.isfinite(), batch.to(window.dtype), window[slot][0])
+    window.index_copy_(0, slot, kept[None])

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from bnkit.norms.adapters import TORCH, adapted, kind_of
 
@@ -109,10 +110,18 @@ def undo(module: nn.Module) -> bool:
 
     Returns:
         Whether there was anything to undo.
+
+    Raises:
+        TypeError: for a module that was parametrized since.
     """
     record: Swapped | None = module.__dict__.get(RECORD)
     if record is None:
         return False
+    if is_parametrized(module):
+        raise TypeError(
+            f"{type(module).__name__} was parametrized after it was swapped, and its original class would lose the "
+            "parametrizations: remove them first (torch.nn.utils.parametrize.remove_parametrizations)."
+        )
     if isinstance(module, _BatchNorm):
         record.spec.detach(module, record.kept)
     module.__class__ = record.original

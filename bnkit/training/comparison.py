@@ -84,7 +84,7 @@ class StatisticsComparison(Callback):
         assert self._recalibration is not None
         report = self._recalibration.report
         if batch_idx == 0 and report is not None and report is not self._seen:
-            self._replaced = report.before
+            self._replaced = report.before or None  # nothing to compare where no layer was recalibrated
         if self._replaced is None:
             return
         images, labels = batch

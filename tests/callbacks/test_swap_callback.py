@@ -647,3 +647,80 @@ def test_freezing_parameters_under_ddp_needs_its_consent(tmp_path):
     )
     assert specs == [Frozen(affine=False)] * 2
     assert all(torch.equal(value, other[name]) for name, value in state.items() if "running" not in name)
+
+
+# --- what a review found
+
+
+@pytest.mark.parametrize("spec", [Renorm(warmup_steps=100), MovingAverage(window=4)])
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_weight_averaging_does_not_average_what_layers_remember(tmp_path, spec, ours_first):
+    callbacks = [BatchNormSwap(spec), EMAWeightAveraging(decay=0.9)]
+    model, _ = _fit(tmp_path, callbacks if ours_first else callbacks[::-1])
+    layer = model.net.bn1
+    assert (layer.step if isinstance(spec, Renorm) else int(layer.averages["_moving_step"])) == 24
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_swapped_checkpoint_is_noticed_by_a_callback_that_swaps_nothing(tmp_path, evaluate):
+    _, engine = _fit(tmp_path, [BatchNormSwap(Group(2))], max_epochs=1)
+    engine.save_checkpoint(tmp_path / "group.ckpt")
+    callbacks, options = [BatchNormSwap(None)], {"ckpt_path": tmp_path / "group.ckpt"}
+
+    def load():
+        if evaluate:
+            trainer(tmp_path, callbacks).validate(Classifier(), loader(), verbose=False, **options)
+        else:
+            _fit(tmp_path, callbacks, **options)
+
+    with pytest.warns(UserWarning, match=r"leaves them plain.*Group"):
+        load()
+
+
+def test_a_run_cut_short_takes_the_schedule_of_a_long_one(tmp_path):
+    _fit(tmp_path, [BatchNormSwap(schedule={0.5: Ghost(2), 0.75: Frozen()})], fast_dev_run=True)
+    with pytest.raises(ValueError, match="are both epoch 1"):
+        _fit(tmp_path, [BatchNormSwap(schedule={0.4: Ghost(2), 0.5: Frozen()})], max_epochs=2)
+
+
+def test_an_evaluation_that_is_skipped_leaves_a_module_that_can_be_pickled(tmp_path):
+    model = Classifier()
+    trainer(tmp_path, [BatchNormSwap(Ghost(2))], limit_val_batches=0).validate(model, loader(), verbose=False)
+    assert "on_load_checkpoint" not in model.__dict__
+
+
+class _Named(BatchNormSwap):
+    """A subclass has a key of its own in checkpoints."""
+
+
+class _Act(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_swapping_as_saved_leaves_out_what_was_skipped(tmp_path):
+    class Mixed(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net.bn2 = _Act(6)
+
+    _, engine = _fit(tmp_path, [_Named(Group(2), on_unknown="skip")], model=Mixed(), max_epochs=1)
+    engine.save_checkpoint(tmp_path / "mixed.ckpt")
+    model = Mixed()
+    swap_as_saved(model, torch.load(tmp_path / "mixed.ckpt", weights_only=True))
+    assert _specs(model) == [Group(2), None]
+
+
+def _batch_of_rank(folder):
+    class Uneven(Classifier):
+        def train_dataloader(self):
+            return loader(batch_size=4 + self.global_rank)
+
+    engine = trainer(folder, [BatchNormSwap(NormBatch(4))], strategy="ddp_fork", devices=2, max_epochs=1)
+    engine.fit(Uneven())
+
+
+@pytest.mark.ddp
+def test_ranks_that_differ_in_their_batch_are_refused(tmp_path):
+    with pytest.raises(Exception, match="the ranks differ in theirs"):
+        _batch_of_rank(tmp_path)

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bnkit
+from bnkit import norms
 from bnkit.norms import Context, MovingAverage, undo
 
 STEPS = [(8, 3, 4, 4)] * 9
@@ -197,3 +199,52 @@ def test_a_population_is_remembered_by_its_second_moment():
     mean, var = layer.remembers(torch.tensor([1.0, 2.0, 3.0]), torch.ones(3))
     assert mean.tolist() == [0, 0, 0]
     assert var.tolist() == [2, 5, 10]
+
+
+def _stack(layers=3, width=4):
+    torch.manual_seed(0)
+    modules = []
+    for index in range(layers):
+        modules += [nn.Conv2d(2 if index == 0 else width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+    return nn.Sequential(*modules, nn.Flatten(), nn.Linear(width * 36, 3))
+
+
+def test_one_overflow_of_a_loss_scaler_skips_one_step():
+    model = _stack()
+    bnkit.swap(model, norms.MovingAverage(warmup_steps=5, renorm_steps=5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10_000)
+    for step in range(60):
+        loss = model(torch.randn(4, 2, 6, 6)).square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss * (torch.inf if step == 20 else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**9, "halved once"
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def _trained():
+    model = _stack()
+    bnkit.swap(model, norms.MovingAverage())
+    for _ in range(3):
+        model(torch.randn(4, 2, 6, 6))
+    return model
+
+
+@pytest.mark.parametrize("order", ["swap, load", "load, swap"])
+@pytest.mark.parametrize("checkpoint", ["moving average", "plain"])
+def test_reverting_what_was_loaded_keeps_its_inference(checkpoint, order):
+    source = _trained() if checkpoint == "moving average" else _stack()
+    if checkpoint == "plain":
+        source(torch.randn(4, 2, 6, 6) + 1)
+    x = torch.randn(4, 2, 6, 6)
+    expected = source.eval()(x)
+    model = _stack()
+    if order == "swap, load":
+        bnkit.swap(model, norms.MovingAverage())
+    model.load_state_dict(source.state_dict())
+    if order == "load, swap":
+        bnkit.swap(model, norms.MovingAverage())
+    bnkit.revert(model)
+    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-6, atol=1e-6)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bnkit import norms
-from bnkit.norms import Frozen, Ghost, Group, Spec, Sync, original_class, register_kind, spec_of, undo
+from bnkit.norms import Frozen, Ghost, Group, Spec, Sync, original_class, register_adapter, spec_of, undo
 from bnkit.norms.adapters import _KINDS
 from bnkit.norms.ghost import GhostBatchNorm2d
 
@@ -17,7 +17,7 @@ class Renamed(nn.BatchNorm2d):
 
 @pytest.fixture
 def registered():
-    register_kind(Renamed, nn.BatchNorm2d)
+    register_adapter(Renamed, nn.BatchNorm2d)
     yield
     del _KINDS[Renamed]
 
@@ -34,7 +34,7 @@ def test_a_registered_class_is_swapped_and_given_back():
 
 def test_a_kind_is_one_of_torchs_three():
     with pytest.raises(ValueError, match="A kind is"):
-        register_kind(Renamed, nn.SyncBatchNorm)
+        register_adapter(Renamed, nn.SyncBatchNorm)
 
 
 def test_torchs_own_synchronized_layer_is_named():
