@@ -15,13 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnkit import ranks
 from bnkit.collection import Collected, Collector
 from bnkit.feeding import Forward
-from bnkit.layers import batch_norm_layers, tracks_statistics, unwrap
+from bnkit.layers import batch_norm_layers, unwrap
 from bnkit.norms import Variant
 from bnkit.observation import eager
 from bnkit.preservation import preserved, random_states_preserved
 from bnkit.report import LayerReport, RecalibrationReport
 from bnkit.running import read_statistics, write_statistics
 from bnkit.stand_ins import stand_ins
+from bnkit.targets import choose_targets, trains_by_statistics
 
 __all__ = ["check_arguments", "recalibrate"]
 
@@ -103,7 +104,7 @@ def recalibrate(
     check_arguments(max_samples, tolerance, prior_samples, consistency, on_nonfinite)
     started = time.perf_counter()
     model = unwrap(model)
-    targets, kept = _choose_on_all_ranks(model, frozen, process_group)
+    targets, kept = choose_targets(model, frozen, process_group)
     # A tensor made in inference mode could not be trained with later, so none is made, unless the model's are such.
     with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
         before = {name: pair for name, pair in read_statistics(model).items() if name in targets}
@@ -117,7 +118,7 @@ def recalibrate(
         )
         with eager(), random_states_preserved(model, batches), preserved(model), stand_ins(targets):
             # Statistics that training normalises by too are those of no batch: only layer by layer do they fit.
-            one_pass = consistency == "batch" and not any(_trains_by_statistics(layer) for layer in targets.values())
+            one_pass = consistency == "batch" and not any(trains_by_statistics(layer) for layer in targets.values())
             if one_pass:
                 collected, passes = collector.collect(targets), 1
                 after = _mix(collector, prior, collected, prior_samples)
@@ -203,32 +204,6 @@ def _layer_report(
     )
 
 
-def _trains_by_statistics(layer: _BatchNorm) -> bool:
-    return isinstance(layer, Variant) and layer.trains_by_statistics
-
-
-def _choose(
-    model: nn.Module, found: Mapping[str, _BatchNorm], frozen: Collection[str] | None
-) -> tuple[dict[str, _BatchNorm], dict[str, str]]:
-    """The layers to recalibrate, and why the others are kept."""
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no BatchNorm layers to recalibrate.")
-    unknown = sorted(set(frozen or ()) - set(found))
-    if unknown:
-        raise ValueError(f"frozen names {unknown}, which are no BatchNorm layers of the model: it has {list(found)}.")
-    if frozen is None:
-        frozen = {name for name, layer in found.items() if model.training and not layer.training}
-    targets, kept = {}, {}
-    for name, layer in found.items():
-        if not tracks_statistics(layer):
-            kept[name] = "it does not track running statistics"
-        elif name in frozen or (isinstance(layer, Variant) and layer.holds_statistics):
-            kept[name] = "frozen"
-        else:
-            targets[name] = layer
-    return targets, kept
-
-
 def check_arguments(
     max_samples: int | None, tolerance: float | None, prior_samples: float, consistency: str, on_nonfinite: str
 ) -> None:
@@ -252,33 +227,3 @@ def _check_prior(before: Mapping[str, tuple[Tensor, Tensor]], prior_samples: flo
                 f"prior_samples={prior_samples} weighs the running statistics of layer {name!r}, which are not finite: "
                 "use prior_samples=0."
             )
-
-
-def _choose_on_all_ranks(
-    model: nn.Module, frozen: Collection[str] | None, process_group: dist.ProcessGroup | None
-) -> tuple[dict[str, _BatchNorm], dict[str, str]]:
-    """The layers to recalibrate, and why the others are kept, if all ranks agree on them.
-
-    Ranks with other layers would wait for each other, or pool what does not belong together.
-    """
-    failure: Exception | None = None
-    targets: dict[str, _BatchNorm] = {}
-    kept: dict[str, str] = {}
-    try:
-        targets, kept = _choose(model, batch_norm_layers(model), frozen)
-    except (TypeError, ValueError) as error:
-        failure = error
-    mine = {name: layer.num_features for name, layer in targets.items()}
-    theirs = ranks.all_gather_object((failure is not None, mine), process_group)
-    if failure is not None:
-        raise failure
-    for rank, (failed, other) in enumerate(theirs):
-        if failed:
-            raise RuntimeError(f"Recalibration was given up because rank {rank} refused its model: see its error.")
-        different = sorted(name for name in {*theirs[0][1], *other} if theirs[0][1].get(name) != other.get(name))
-        if different:
-            raise ValueError(
-                f"The ranks disagree on what to recalibrate: rank 0 and rank {rank} differ in {different} (missing or "
-                "frozen on one of them, or of other channels): build the same model in the same modes on every rank."
-            )
-    return targets, kept
