@@ -285,7 +285,7 @@ def work(rank, world, folder):
 @pytest.fixture(scope="module", params=[2, 4])
 def outcome(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    mp.spawn(work, (request.param, str(folder)), nprocs=request.param)
+    mp.start_processes(work, (request.param, str(folder)), nprocs=request.param, start_method="fork")
     return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(request.param)]
 
 
