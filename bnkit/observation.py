@@ -27,12 +27,13 @@ class Reading(NamedTuple):
     source: Source
     values: int  # per channel, on this rank
     mean: Tensor  # (C,)
-    var: Tensor  # (C,), biased
+    var: Tensor  # (C,)
     group_size: int  # ranks whose values are in mean and var: more than 1 for a synchronized layer
+    bias: float = 1.0  # var times this is the biased variance; kept apart, to multiply by once for all layers
 
     def moments(self) -> Moments:
         """As Moments. A synchronized batch is in every rank's reading: each rank claims its share of it."""
-        var = self.var.clamp_min(0)
+        var = (self.var * self.bias).clamp_min(0)
         return Moments(self._scalar(self.values), self.mean, var, batches=self._scalar(1 / self.group_size))
 
     def _scalar(self, value: float) -> Tensor:
@@ -175,8 +176,7 @@ def _read(layer: _BatchNorm, x: Tensor, output: Any, by_input: bool) -> Reading:
     mean, var, unbiased = own
     values = x.numel() // x.shape[1]
     size = ranks.world_size(layer.process_group) if isinstance(layer, nn.SyncBatchNorm) else 1
-    together = values * size
-    return Reading("layer", values, mean, var * ((together - 1) / together) if unbiased else var, size)
+    return Reading("layer", values, mean, var, size, 1 - 1 / (values * size) if unbiased else 1.0)
 
 
 def _own_statistics(layer: _BatchNorm, output: Any) -> tuple[Tensor, Tensor, bool] | None:

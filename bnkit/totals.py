@@ -78,8 +78,8 @@ class Totals:
         if name not in self._is_batch_norm:
             assert layer.running_mean is not None
             assert layer.running_var is not None
-            own = Reading("layer", read.values, layer.running_mean, layer.running_var, 1)
-            self._is_batch_norm[name] = not layer.training or _agrees(_biased(own), read, _SAME_VAR, _SAME_MEAN)
+            own = Reading("layer", read.values, layer.running_mean, layer.running_var, 1, 1 - 1 / read.values)
+            self._is_batch_norm[name] = not layer.training or _agrees(own, read, _SAME_VAR, _SAME_MEAN)
             layer.momentum = 0.0  # from now on it keeps what it may normalise by
         return self._is_batch_norm[name]
 
@@ -104,10 +104,12 @@ class Totals:
         """Add this batch to the totals: one packed transfer, one pooling for all layers."""
         reads = [self._one(name) for name in self.layers]
         per_layer = torch.tensor(
-            [(read.values, 1 / read.group_size) if read else (0, 0) for read in reads], dtype=torch.float64
+            [(read.values, 1 / read.group_size, read.bias) if read else (0, 0, 1) for read in reads],
+            dtype=torch.float64,
         )
-        count, share = per_layer.repeat_interleave(self.channels, dim=0).unbind(1)
-        self.pooled += Moments(count, *self._gathered(), batches=share)
+        count, share, bias = per_layer.repeat_interleave(self.channels, dim=0).unbind(1)
+        means, variances = self._gathered()
+        self.pooled += Moments(count, means, variances * bias, batches=share)
 
     def discard(self) -> None:
         """Forget this batch; with momentum 1 a NaN would otherwise stay (0 times NaN is NaN)."""
@@ -139,8 +141,11 @@ class Totals:
             pairs = []
             for name, layer in self.layers.items():
                 read = self._one(name)
-                nothing = torch.zeros(layer.num_features, dtype=torch.float64)
-                pairs.append((read.mean, read.var) if read else (nothing, nothing))
+                if read is None:
+                    nothing = torch.zeros(layer.num_features, dtype=torch.float64)
+                    pairs.append((nothing, nothing))
+                else:
+                    pairs.append((read.mean, read.var))
             flat = [tensor for pair in zip(*pairs, strict=True) for tensor in pair]
             if len({tensor.device for tensor in flat}) > 1:
                 flat = [tensor.cpu() for tensor in flat]
@@ -164,14 +169,11 @@ def _is_doubtful(own: Reading, x: Tensor) -> bool:
     return own.values > _SHORT_SUM and (x.ndim == 2 or not x.is_contiguous())
 
 
-def _biased(own: Reading) -> Reading:
-    return own._replace(var=own.var * ((own.values - 1) / own.values))
-
-
 def _agrees(
     own: Reading, exact: Reading, var_tolerance: float = _VAR_AGREEMENT, mean_tolerance: float = _MEAN_AGREEMENT
 ) -> bool:
     mean, var, exact_mean, exact_var = (t.cpu().double() for t in (own.mean, own.var, exact.mean, exact.var))
+    var = var * own.bias
     return bool(
         ((var - exact_var).abs() <= var_tolerance * exact_var).all()
         & ((mean - exact_mean).abs() <= mean_tolerance * exact_var.sqrt()).all()
