@@ -32,9 +32,8 @@ class TrainingData:
 
     New loaders are built over the same data sets. A loader in plain or shuffled order becomes a shuffled one of fixed
     seed, no sample twice, each rank with the share that it trains on (a last batch of one sample joins the one before);
-    any other sampler is copied, state and all. Batches take
-    Lightning's way: precision conversion and the three transfer hooks, with the trainer in its training stage, since
-    people augment there.
+    any other sampler is copied, state and all. Batches take Lightning's way: precision conversion and the three
+    transfer hooks, with the trainer in its training stage, since people augment there.
 
     Args:
         trainer: in fit.

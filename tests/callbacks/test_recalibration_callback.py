@@ -64,6 +64,24 @@ def test_the_weights_are_bit_identical_to_those_without(tmp_path, workers):
     assert torch.equal(plain_rng, ours_rng)
 
 
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 5}, {"precision": "bf16-mixed"}])
+def test_the_weights_are_bit_identical_with(tmp_path, options):
+    (plain, _), (ours, _) = _fit(tmp_path, **options), _fit(tmp_path, [BatchNormRecalibration()], **options)
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(ours).values(), strict=True))
+
+
+def test_a_compiled_module_is_trained_alike_and_calibrated(tmp_path):
+    def run(callbacks):
+        seed_everything(7, verbose=False)
+        model = Classifier()
+        trainer(tmp_path, callbacks).fit(torch.compile(model, backend="eager"), loader(), loader(shuffle=False))
+        return model
+
+    plain, ours = run([]), run([BatchNormRecalibration()])
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(ours).values(), strict=True))
+    assert _is_calibrated(ours.validated[-1])
+
+
 def test_manual_optimization_with_several_optimizers_is_not_disturbed(tmp_path):
     class Manual(Classifier):
         automatic_optimization = False
