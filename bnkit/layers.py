@@ -35,7 +35,7 @@ def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     model = unwrap(model)
     layers: dict[str, _BatchNorm] = {}
     for name, module in model.named_modules():
-        name = name.replace("_orig_mod.", "")
+        name = name.replace("_orig_mod.", "").removesuffix("._orig_mod")
         if isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name:
             raise TypeError(
                 f"bnkit cannot see into the scripted BatchNorm layer {name!r}: "
