@@ -4,9 +4,10 @@ The functions here serve any PyTorch loop; ``bnkit.callbacks`` has the same for 
 imports torch alone.
 """
 
-from bnkit import norms
+from bnkit import norms, shift
 from bnkit.conversion import Conversion
 from bnkit.moments import Moments
+from bnkit.monitoring import Monitor
 from bnkit.norms import register_adapter
 from bnkit.observation import Observation, observe
 from bnkit.recalibration import recalibrate
@@ -18,6 +19,7 @@ __all__ = [
     "Conversion",
     "LayerReport",
     "Moments",
+    "Monitor",
     "Observation",
     "RecalibrationReport",
     "norms",
@@ -26,5 +28,6 @@ __all__ = [
     "register_adapter",
     "revert",
     "running_statistics",
+    "shift",
     "swap",
 ]

@@ -1,6 +1,7 @@
 """bnkit for PyTorch Lightning: thin callbacks that say when; the functions that they call say how."""
 
 from bnkit.callbacks.recalibration import BatchNormRecalibration
+from bnkit.callbacks.shift_monitor import ActivationShiftMonitor
 from bnkit.callbacks.swap import BatchNormSwap
 
-__all__ = ["BatchNormRecalibration", "BatchNormSwap"]
+__all__ = ["ActivationShiftMonitor", "BatchNormRecalibration", "BatchNormSwap"]

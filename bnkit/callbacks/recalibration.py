@@ -221,16 +221,20 @@ class BatchNormRecalibration(Callback):
         self._is_current = True
         self._log(trainer, self.report)
 
-    def _log(self, trainer: Trainer, report: RecalibrationReport) -> None:
-        metrics = {
+    @staticmethod
+    def scalars(report: RecalibrationReport) -> dict[str, float]:
+        """What is logged of a recalibration."""
+        return {
             "bn/recalibration_shift_median": report.median_shift,
             "bn/recalibration_shift_worst": report.worst.shift if report.worst else float("nan"),
             "bn/recalibration_samples": float(report.samples),
             "bn/recalibration_seconds": report.seconds,
         }
+
+    def _log(self, trainer: Trainer, report: RecalibrationReport) -> None:
         for logger in trainer.loggers:
             # Lightning's own x axis, which with several optimizers is not the global step.
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(self.scalars(report), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _averaged_at_epoch_end(trainer: Trainer) -> bool:

@@ -37,6 +37,8 @@ class Variant(_BatchNorm):
     """Whether the running statistics are not to change: training normalises by them."""
     trains_by_statistics: ClassVar[bool] = False
     """Whether a training forward normalises by the running statistics too, so that writing them changes training."""
+    by_sample: ClassVar[bool] = False
+    """Whether each sample is normalised by itself, in either mode: there are no batch statistics."""
     waits_for_ranks: ClassVar[bool] = False
     """Whether a training forward has a collective, in which every rank must take part."""
 
@@ -47,6 +49,10 @@ class Variant(_BatchNorm):
         if record is None:
             raise RuntimeError(f"{type(self).__name__} is made from a torch layer by its spec's apply, not directly.")
         return record.spec
+
+    def parts_of(self, samples: int) -> int:  # noqa: ARG002
+        """Into how many parts, each normalised by itself, a training batch of so many samples is cut."""
+        return 1
 
     def remembers(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """What the running buffers should hold for a population of this mean and variance; for a recalibration."""

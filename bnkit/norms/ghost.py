@@ -26,6 +26,10 @@ class _Ghost(Scoped):
     def _is_device_batch(self, input: Tensor) -> bool:  # noqa: A002
         return self._count(input) == 1
 
+    def parts_of(self, samples: int) -> int:
+        """The number of ghosts."""
+        return ghost_count(samples, self.spec.size)
+
     def _count(self, x: Tensor) -> int:
         return ghost_count(x.shape[0], self.spec.size, one_value_each=x.shape[2:].numel() == 1)
 

@@ -20,6 +20,8 @@ __all__ = ["Group", "GroupBatchNorm1d", "GroupBatchNorm2d", "GroupBatchNorm3d", 
 class _Group(Variant):
     """Normalises each sample by its own groups of channels; see :class:`Group`."""
 
+    by_sample = True
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Group normalization, in either mode."""
         self._check_shape(input)

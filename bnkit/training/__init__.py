@@ -5,6 +5,7 @@ from bnkit.training.classifier import ImageClassifier
 from bnkit.training.comparison import Comparison, StatisticsComparison
 from bnkit.training.digits import Digits
 from bnkit.training.fashion_mnist import FashionMNIST
+from bnkit.training.faults import DeadLayer, FrozenLayer, NotANumber, ShiftedInputs
 from bnkit.training.images import ImageData, ImageDataset
 from bnkit.training.job import run
 from bnkit.training.resnet import BasicBlock, ResNet
@@ -13,12 +14,16 @@ from bnkit.training.study import run_study
 __all__ = [
     "BasicBlock",
     "Comparison",
+    "DeadLayer",
     "Digits",
     "FashionMNIST",
+    "FrozenLayer",
     "ImageClassifier",
     "ImageData",
     "ImageDataset",
+    "NotANumber",
     "ResNet",
+    "ShiftedInputs",
     "StatisticsComparison",
     "recalibrate_checkpoint",
     "run",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import secrets
+import signal
 import sys
 import warnings
 from contextlib import contextmanager
@@ -13,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
+
+from bnkit.training.launching import is_multirun, refuse_processes_that_repeat_the_sweep
+from bnkit.training.resuming import AtomicCheckpointIO, RandomStates, finished, last_checkpoint, save_result
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,13 +33,19 @@ log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 """The resolved config in a run directory."""
+WANDB_ID_NAME = "wandb_id.txt"
+"""The id of the job's W&B run, by which a resumed job logs to the same one."""
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Train and test as ``cfg`` says.
 
+    A job that was stopped goes on from the last checkpoint in ``cfg.run_dir``, and one that has finished there is not
+    run again, unless ``cfg.resume`` is false.
+
     Args:
-        cfg: ``conf/train.yaml``, composed. ``cfg.run_dir`` gets the resolved config, the checkpoints and the logs.
+        cfg: ``conf/train.yaml``, composed. ``cfg.run_dir`` gets the resolved config, the checkpoints, the logs, and at
+            the end the result.
 
     Returns:
         The metrics logged last, by name, those of the test among them; ``<monitor>_best`` is the best checkpoint's, by
@@ -43,27 +53,41 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     Raises:
         FileNotFoundError: When ``cfg.ckpt_path`` does not exist.
+        SystemExit: When the job was stopped by SIGTERM.
         ValueError: When the trainer would start its processes by running the script again, under ``--multirun``; when
             W&B is online but there is no key.
     """
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={cfg.ckpt_path} does not exist; nothing to resume from.")
+    done = finished(cfg) if cfg.resume else None
+    if done is not None:
+        log.info("Finished before, in %s; resume=false runs it again.", _relative(cfg.run_dir))
+        return done
+    checkpoint_path = cfg.ckpt_path or (last_checkpoint(cfg.run_dir) if cfg.resume else None)
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule: LightningDataModule = instantiate(cfg.data)
     module: LightningModule = instantiate(cfg.model, _convert_="all")
-    callbacks = _callbacks(cfg.callbacks)
+    callbacks = [*_callbacks(cfg.callbacks), RandomStates()]
     loggers = _instances(cfg.logger)
+    _name_runs(cfg, loggers)
     trainer: Trainer = instantiate(cfg.trainer, _partial_=True, _convert_="all")(
         callbacks=callbacks,
         logger=loggers or False,
         default_root_dir=cfg.run_dir,
+        plugins=[AtomicCheckpointIO()],
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
-    _refuse_processes_that_repeat_the_sweep(trainer)
+    refuse_processes_that_repeat_the_sweep(trainer)
     with _wandb_ends_with_the_job(loggers), _threads(cfg.threads), warnings.catch_warnings():
         _ignore_what_does_not_apply()
         _save_config(cfg, loggers)
-        trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
+        if checkpoint_path is not None:
+            log.info("Going on from %s", _relative(checkpoint_path))
+        try:
+            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint_path)
+        except SIGTERMException:  # of itself an exit without a failure
+            log.info("Stopped; the same command with hydra.run.dir=%s goes on.", _relative(cfg.run_dir))
+            raise SystemExit(128 + signal.SIGTERM) from None
         _learn_columns(loggers)
         metrics = _floats(trainer.callback_metrics)
         checkpoint = trainer.checkpoint_callback
@@ -78,6 +102,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
             trainer.test(module, datamodule=datamodule, verbose=False)
             metrics |= _floats(trainer.callback_metrics)
         _report(cfg, loggers, best, metrics)
+        if trainer.is_global_zero:
+            save_result(cfg, metrics)
     return metrics
 
 
@@ -94,16 +120,6 @@ def _callbacks(group: DictConfig | None) -> list[Callback]:
 
 def _floats(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
-
-
-def _refuse_processes_that_repeat_the_sweep(trainer: Trainer) -> None:
-    """Stop before rank 1 runs the sweep's other jobs, or a later job trains on a part of its data unnoticed."""
-    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweeping and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        raise ValueError(
-            "trainer.strategy=ddp starts its processes by running this script again, which under --multirun would run "
-            "the whole sweep in each; use trainer.strategy=ddp_spawn, or start every process yourself with torchrun."
-        )
 
 
 @contextmanager
@@ -130,6 +146,40 @@ def _wandb_ends_with_the_job(loggers: list[Logger]) -> Iterator[None]:
             os.environ.pop("WANDB_MODE", None)
         else:
             os.environ["WANDB_MODE"] = mode
+
+
+def _name_runs(cfg: DictConfig, loggers: list[Logger]) -> None:
+    """Let a job that goes on log to the W&B run of before, keep its older table, and group the jobs of a sweep."""
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            _keep_table(Path(logger.log_dir) / "metrics.csv")
+        if isinstance(logger, WandbLogger):
+            name = Path(cfg.run_dir) / WANDB_ID_NAME
+            if logger._wandb_init.get("id") is None:
+                logger._wandb_init["id"] = _run_id(name, new=not cfg.resume)
+                logger._wandb_init["resume"] = "allow"
+            if is_multirun() and logger._wandb_init.get("group") is None:
+                logger._wandb_init["group"] = Path(HydraConfig.get().sweep.dir).name
+
+
+def _run_id(path: Path, *, new: bool) -> str:
+    """The id of the job's W&B run: that of before, or a new one."""
+    if not new and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    if getattr(rank_zero_only, "rank", 0):
+        return ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen = secrets.token_hex(4)
+    path.write_text(chosen, encoding="utf-8")
+    return chosen
+
+
+@rank_zero_only
+def _keep_table(table: Path) -> None:
+    """Put the table of the job's earlier part aside: CSVLogger deletes what it finds."""
+    if table.is_file():
+        part = 1 + len(list(table.parent.glob("metrics_part_*.csv")))
+        table.rename(table.with_name(f"metrics_part_{part}.csv"))
 
 
 @rank_zero_only
@@ -159,6 +209,8 @@ def _threads(number: int | None) -> Iterator[None]:
 def _ignore_what_does_not_apply() -> None:
     # The images are in memory: worker processes would make loading slower, not faster.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # Where a job goes on, what was there before is meant to be there; the older table has been put aside.
+    warnings.filterwarnings("ignore", message=".*directory .* exists and is not empty")
     # Lightning's own use of a torch name that torch has deprecated since.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
 

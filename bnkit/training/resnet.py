@@ -26,6 +26,8 @@ class BasicBlock(nn.Module):
         inputs: Channels of the input.
         outputs: Channels of the output.
         stride: Stride of the first convolution: the output has ``1 / stride`` of the height and width.
+        dropout: Probability of dropout before the second convolution (Zagoruyko & Komodakis, "Wide Residual Networks",
+            2016, section 2.4).
 
     Shape:
         ``(samples, inputs, height, width)`` to ``(samples, outputs, ceil(height / stride), ceil(width / stride))``.
@@ -34,10 +36,11 @@ class BasicBlock(nn.Module):
         He et al., "Deep Residual Learning for Image Recognition", 2016, section 3.3 and figure 5 (left).
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
         self.conv1 = _convolution(inputs, outputs, 3, stride)
         self.bn1 = nn.BatchNorm2d(outputs)
+        self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         self.conv2 = _convolution(outputs, outputs, 3)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
@@ -47,7 +50,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output, see the class."""
         y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = self.bn2(self.conv2(self.dropout(y)))
         return F.relu(y + self.shortcut(x))
 
 
@@ -63,6 +66,8 @@ class ResNet(nn.Module):
         num_classes: Classes to tell apart.
         width: Channels of the stem and of the first stage.
         depths: Blocks in each stage.
+        dropout: Probability of dropout within each block. (The running variance of the BatchNorm after it is then too
+            large for inference.)
 
     Raises:
         ValueError: When a number is not positive or ``depths`` is empty.
@@ -76,7 +81,13 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, *, in_channels: int = 1, num_classes: int = 10, width: int = 16, depths: Sequence[int] = (1, 1, 1)
+        self,
+        *,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        width: int = 16,
+        depths: Sequence[int] = (1, 1, 1),
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if min(in_channels, num_classes, width, *depths, len(depths)) < 1:
@@ -90,7 +101,7 @@ class ResNet(nn.Module):
         for index, depth in enumerate(depths):
             outputs = width * 2**index
             blocks = [
-                BasicBlock(channels if block == 0 else outputs, outputs, stride=2 if index > 0 and block == 0 else 1)
+                BasicBlock(channels if block == 0 else outputs, outputs, 2 if index > 0 and block == 0 else 1, dropout)
                 for block in range(depth)
             ]
             stages.append(nn.Sequential(*blocks))

@@ -16,11 +16,11 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import bnkit
-from bnkit.callbacks import BatchNormRecalibration, BatchNormSwap
+from bnkit.callbacks import ActivationShiftMonitor, BatchNormRecalibration, BatchNormSwap
 from bnkit.norms import Ghost
 
 CONF = Path(str(files("bnkit.conf")))
-JOB_GROUPS = ("callbacks", "data", "debug", "experiment", "logger", "model", "trainer")
+JOB_GROUPS = ("callbacks", "data", "debug", "experiment", "fault", "logger", "model", "trainer")
 SWAPS = sorted(path.stem for path in (CONF / "bnkit" / "swap").glob("*.yaml"))
 SPECS = {
     "domain": ["Domain"],
@@ -89,9 +89,12 @@ def test_the_defaults_are_what_the_readme_promises(tmp_path):
     assert cfg.logger.wandb.save_dir == str(tmp_path)
 
 
-def test_the_callback_config_has_every_knob_at_its_default():
-    cfg = OmegaConf.load(CONF / "bnkit" / "callback" / "recalibrate.yaml")
-    parameters = inspect.signature(BatchNormRecalibration).parameters
+@pytest.mark.parametrize(
+    ("option", "callback"), [("recalibrate", BatchNormRecalibration), ("shift_monitor", ActivationShiftMonitor)]
+)
+def test_the_callback_config_has_every_knob_at_its_default(option, callback):
+    cfg = OmegaConf.load(CONF / "bnkit" / "callback" / f"{option}.yaml")
+    parameters = inspect.signature(callback).parameters
     assert {key: value for key, value in cfg.items() if key != "_target_"} == {
         name: parameter.default for name, parameter in parameters.items()
     }
@@ -167,3 +170,32 @@ def test_another_app_composes_the_callback_by_two_lines(tmp_path):
     callback = instantiate(cfg.callbacks.recalibration)
     assert isinstance(callback, BatchNormRecalibration)
     assert callback.every_n_epochs == 3
+
+
+def test_another_app_composes_the_monitor_by_two_lines(tmp_path):
+    (tmp_path / "app.yaml").write_text(
+        "defaults:\n"
+        "  - /bnkit/callback@callbacks.mine: shift_monitor\n"
+        "  - _self_\n"
+        "hydra:\n"
+        "  searchpath: [pkg://bnkit.conf]\n"
+        "callbacks:\n"
+        "  mine:\n"
+        "    every_n_steps: 3\n"
+    )
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("app")
+    callback = instantiate(cfg.callbacks.mine)
+    assert isinstance(callback, ActivationShiftMonitor)
+    assert callback._options["every_n_steps"] == 3
+
+
+def test_the_job_writes_its_page_into_the_run_directory(tmp_path):
+    cfg = composed("train", f"run_dir={tmp_path}")
+    assert cfg.callbacks.shift_monitor._target_ == "bnkit.callbacks.ActivationShiftMonitor"
+    assert cfg.callbacks.shift_monitor.report_dir == str(tmp_path)
+
+
+def test_the_page_and_the_workspace_have_configs():
+    assert composed("report", "run=some/run").output is None
+    assert composed("workspace").project == "bnkit"

@@ -21,12 +21,12 @@ def checkpoint(job_config, tmp_path):
 
 def same(one, other) -> bool:
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        return one.dtype == other.dtype and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
     if isinstance(one, Mapping):
         return type(one) is type(other) and list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
         return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and one == other
+    return type(one) is type(other) and (one == other or (one != one and other != other))  # NaN is what is not known
 
 
 def recalibrate(job_config, checkpoint, *overrides):

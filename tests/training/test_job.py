@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import wandb
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+import wandb
 from bnkit.training import Digits, ImageClassifier, ResNet, job, run
+from bnkit.training.launching import refuse_processes_that_repeat_the_sweep
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:
@@ -151,11 +152,11 @@ def test_processes_that_would_repeat_the_sweep_are_refused(tmp_path):
     before = holder.cfg
     holder.set_config(cfg)
     try:
-        with pytest.raises(ValueError, match=r"trainer\.strategy=ddp .* use trainer\.strategy=ddp_spawn"):
+        with pytest.raises(ValueError, match=r"trainer\.strategy=ddp .* use trainer=ddp_spawn"):
             run(cfg)
         assert not (tmp_path / "config.yaml").exists()
         trainer = job.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False)
-        job._refuse_processes_that_repeat_the_sweep(trainer)  # accepts
+        refuse_processes_that_repeat_the_sweep(trainer)  # accepts
     finally:
         holder.cfg = before
 

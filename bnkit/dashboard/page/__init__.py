@@ -1,0 +1,1 @@
+"""What the page shows, and how: figures, words, tables, and the template that holds them."""

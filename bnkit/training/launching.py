@@ -1,0 +1,61 @@
+"""What a job must know of how its processes were started."""
+
+from __future__ import annotations
+
+import functools
+import os
+from datetime import datetime
+
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from omegaconf import OmegaConf
+
+__all__ = ["is_multirun", "refuse_processes_that_repeat_the_sweep", "started"]
+
+
+def is_multirun() -> bool:
+    """Whether this is a job of a sweep: Hydra's ``--multirun``."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def refuse_processes_that_repeat_the_sweep(trainer: Trainer) -> None:
+    """Stop before rank 1 runs the sweep's other jobs, or a later job trains on a part of its data unnoticed.
+
+    Raises:
+        ValueError: where the trainer would start its processes by running the script again, in a sweep.
+    """
+    launcher = trainer.strategy.launcher
+    starts = isinstance(launcher, _SubprocessScriptLauncher) and not (
+        launcher.cluster_environment.creates_processes_externally  # as under torchrun and SLURM
+    )
+    if is_multirun() and starts:
+        raise ValueError(
+            "trainer.strategy=ddp starts its processes by running this script again, which under --multirun would run "
+            "the whole sweep in each; use trainer=ddp_spawn, or start every process yourself with torchrun."
+        )
+
+
+@functools.cache
+def started() -> str:
+    """When the job began, for the name of its directory: the same text in all processes that torchrun or SLURM started.
+
+    In a config, ``${bnkit.started:}``. Each process by itself would take its own clock's second.
+    """
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        return f"slurm_{os.environ['SLURM_JOB_ID']}"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return now
+    # The store through which torchrun's agent lets the processes find each other is there before any of them.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+    key = f"bnkit/started/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if os.environ["RANK"] == "0":
+        store.set(key, now)
+    return str(store.get(key).decode())
+
+
+if not OmegaConf.has_resolver("bnkit.started"):
+    OmegaConf.register_new_resolver("bnkit.started", started)

@@ -1,0 +1,150 @@
+"""What it takes for a stopped job to go on as if it had not been stopped, and for a finished one not to run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from bnkit import ranks
+
+__all__ = ["RESULT_NAME", "AtomicCheckpointIO", "RandomStates", "finished", "last_checkpoint", "save_result"]
+
+RESULT_NAME = "result.json"
+"""In the run directory of a finished job: its metrics and its config."""
+
+_NOT_OF_THE_JOB = ("run_dir", "ckpt_path", "resume")
+
+
+class RandomStates(Callback):
+    """Keeps every rank's random states in the checkpoint, and gives them back where training resumes.
+
+    Lightning restores weights, optimizers and loops, but a resumed fit would shuffle and augment by other numbers. It
+    is for checkpoints at the end of an epoch. Where the number of ranks is another one, each keeps its own states.
+    """
+
+    def __init__(self) -> None:
+        self._restored: list[dict[str, Any]] = []
+
+    def on_save_checkpoint(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Gather the states; Lightning calls this on every rank."""
+        checkpoint["random_states"] = ranks.all_gather_object(_states())
+
+    def on_load_checkpoint(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Keep them until the fit starts."""
+        self._restored = checkpoint.get("random_states", [])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Give them back before the loader's first order is drawn."""
+        states, self._restored = self._restored, []
+        if len(states) == trainer.world_size:
+            _restore(states[trainer.global_rank])
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there: what has its name is whole, also after SIGKILL.
+
+    Lightning's own writes to the temporary directory, from which another file system copies.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save, whole or not at all.
+
+        Args:
+            checkpoint: see Lightning's ``CheckpointIO``.
+            path: a local file; anything else is saved as Lightning does.
+            storage_options: not supported, as in Lightning's ``TorchCheckpointIO``.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(partial).chmod(0o644)
+            Path(partial).replace(path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+
+
+def last_checkpoint(run_dir: str | Path) -> Path | None:
+    """The checkpoint to go on from in a run directory; None where there is none."""
+    path = Path(run_dir) / "checkpoints" / "last.ckpt"
+    return path if path.is_file() else None
+
+
+def finished(cfg: DictConfig) -> dict[str, float] | None:
+    """The metrics of this very job, if it has finished in ``cfg.run_dir`` before; else None."""
+    path = Path(cfg.run_dir) / RESULT_NAME
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return dict(result["metrics"]) if result["config"] == _of_the_job(cfg) else None
+
+
+def save_result(cfg: DictConfig, metrics: Mapping[str, float]) -> None:
+    """Leave the metrics of a finished job in its run directory; whole or not at all."""
+    path = Path(cfg.run_dir) / RESULT_NAME
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps({"metrics": dict(metrics), "config": _of_the_job(cfg)}, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
+def _of_the_job(cfg: DictConfig) -> Any:
+    """The config without what says where and how often it runs, as JSON would give it back."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    run_dir = str(values["run_dir"])
+    kept = {key: value for key, value in values.items() if key not in _NOT_OF_THE_JOB}
+    return json.loads(json.dumps(kept, sort_keys=True).replace(json.dumps(run_dir)[1:-1], "RUN_DIR"))
+
+
+def _states() -> dict[str, Any]:
+    """Of Python's, NumPy's and torch's generators, in tensors, numbers and strings."""
+    version, words, gauss = random.getstate()
+    state = numpy.random.get_state(legacy=False)
+    assert isinstance(state, dict)
+    state["state"]["key"] = torch.from_numpy(state["state"]["key"].astype("int64"))
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": state,
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore(states: Mapping[str, Any]) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    state = states["numpy"]
+    key = state["state"]["key"].numpy().astype("uint32")
+    numpy.random.set_state({**state, "state": {**state["state"], "key": key}})
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
