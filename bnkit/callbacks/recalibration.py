@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit.callbacks.order import run_after_other_callbacks
+from bnkit.callbacks.strategies import refuse_sharding
 from bnkit.callbacks.training_data import TrainingData
 from bnkit.feeding import Forward, default_forward
 from bnkit.layers import batch_norm_layers, tracks_statistics
@@ -117,11 +116,7 @@ class BatchNormRecalibration(Callback):
         """Check the strategy, and see to it that averaged weights are in place when this callback runs."""
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"BatchNormRecalibration cannot read layers whose parameters are sharded by "
-                f"{type(trainer.strategy).__name__}: train with DDP, or leave the callback out."
-            )
+        refuse_sharding(self, trainer)
         run_after_other_callbacks(self, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

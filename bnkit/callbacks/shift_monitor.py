@@ -8,14 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from bnkit.callbacks.overhead import Overhead
 from bnkit.callbacks.run_record import RunRecord, step_of
 from bnkit.callbacks.shift_probes import ShiftProbes, is_compiled
+from bnkit.callbacks.strategies import refuse_sharding
 from bnkit.dashboard.scalars import snapshot_scalars
 from bnkit.feeding import Forward, samples_in
 from bnkit.layers import batch_norm_layers
@@ -118,11 +117,7 @@ class ActivationShiftMonitor(Callback):
         """Check the strategy, and forget an earlier fit; a checkpoint is loaded after this."""
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"ActivationShiftMonitor cannot read layers whose parameters are sharded by "
-                f"{type(trainer.strategy).__name__}: train with DDP, or leave the callback out."
-            )
+        refuse_sharding(self, trainer)
         self._stop()
         self.monitor, self.snapshot, self._restored = None, None, {}
         self._told, self._clock = 0, Overhead()
