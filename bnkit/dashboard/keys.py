@@ -81,7 +81,7 @@ LAYER_KEYS = (
 
 
 def short_names(layers: Iterable[str]) -> dict[str, str]:
-    """Layer name -> its name in a key, which has neither dots nor slashes; all different.
+    """Layer name -> its name in a key, all different: letters and digits that every logger takes, no dots, no slashes.
 
     Example:
         >>> short_names(["layer1.0.bn1", "layer1_0.bn1", ""])
@@ -90,7 +90,10 @@ def short_names(layers: Iterable[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
     for layer in layers:
-        plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in layer) or "model"
+        plain = "".join(
+            letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "_" for letter in layer
+        )
+        plain = plain or "model"
         short, number = plain, 1
         while short in taken:
             number += 1
