@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 from helpers.wandb_runs import HOSTILE, history_of, logged, offline_run
 
-import wandb
 from bnkit.dashboard.history import RunHistory
 from bnkit.dashboard.keys import LAYER_KEYS, MODEL_KEYS, short_names
 from bnkit.dashboard.workspace import build, create, make, to_json

@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 
-import wandb
 from bnkit.dashboard.history import RunHistory
 from bnkit.dashboard.keys import LAYER_KEYS, MODEL_KEYS, per_layer, short_names
 from bnkit.dashboard.wandb_run import define_metrics, log_history

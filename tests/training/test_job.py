@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-import wandb
 from bnkit.training import Digits, ImageClassifier, ResNet, job, run
 from bnkit.training.launching import refuse_processes_that_repeat_the_sweep
 
