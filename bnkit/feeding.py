@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Forward", "default_forward", "feed", "samples_in"]
+__all__ = ["Forward", "default_forward", "feed", "known_samples_in", "samples_in"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -35,9 +36,14 @@ def feed(model: nn.Module, batch: Any, index: int, forward: Forward | None) -> N
 
 
 def samples_in(batch: Any) -> int:
-    """Number of samples in a batch: the first dimension of the first tensor in it; 1 where there is none."""
+    """Number of samples in a batch, see :func:`known_samples_in`; 1 where it is not known."""
+    return known_samples_in(batch) or 1
+
+
+def known_samples_in(batch: Any) -> int | None:
+    """Number of samples in a batch: the first dimension of the first tensor in it; None where there is none."""
     found = _first_tensor(batch)
-    return 1 if found is None else len(found)
+    return None if found is None else len(found)
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -80,5 +86,6 @@ def _first_tensor(value: Any, depth: int = 4) -> Tensor | None:
     elif isinstance(value, tuple | list):
         items = list(value)
     else:
-        items = list(getattr(value, "__dict__", {}).values())
+        slots = [field.name for field in fields(value)] if is_dataclass(value) else []
+        items = [getattr(value, name) for name in slots] or list(getattr(value, "__dict__", {}).values())
     return next((found for item in items if (found := _first_tensor(item, depth - 1)) is not None), None)

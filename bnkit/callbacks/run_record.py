@@ -39,7 +39,7 @@ def step_of(trainer: Trainer) -> int:
 
 
 class RunRecord:
-    """Keeps the history of a fit, and hands it on. It is for rank 0; on the others it does nothing.
+    """Keeps the history of a fit, and hands it on. It is kept on rank 0; on the others there is none.
 
     Args:
         report: whether to write the page.
@@ -115,11 +115,16 @@ class RunRecord:
                 self.history.tables["swaps"].add(step=step_of(trainer), layer=name, before=before, after=now)
 
     def measured(self, trainer: Trainer) -> None:
-        """Take up what the module has logged in the loop that ends now: a validation, or an epoch of training."""
+        """Take up what the module has logged in the loop that ends now: a validation, or an epoch of training.
+
+        To be called on every rank: a metric that nobody has asked for yet is reduced over the ranks here.
+        """
         results = trainer._results
-        if self.is_open and results is not None:
-            # Not all of trainer.callback_metrics: some are still of the epoch before.
-            metrics = results.metrics(on_step=False)["callback"]
+        if results is None:
+            return
+        # Not all of trainer.callback_metrics: some are still of the epoch before.
+        metrics = results.metrics(on_step=False)["callback"]
+        if self.is_open:
             self._recorder.log({key: float(value) for key, value in metrics.items()}, step_of(trainer))
 
     def recalibrated(self, trainer: Trainer) -> None:

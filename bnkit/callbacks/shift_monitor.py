@@ -16,7 +16,7 @@ from bnkit.callbacks.run_record import RunRecord, step_of
 from bnkit.callbacks.shift_probes import ShiftProbes, is_compiled
 from bnkit.callbacks.strategies import refuse_sharding
 from bnkit.dashboard.scalars import snapshot_scalars
-from bnkit.feeding import Forward, samples_in
+from bnkit.feeding import Forward, known_samples_in
 from bnkit.layers import batch_norm_layers
 from bnkit.monitoring import Monitor, check_arguments
 from bnkit.monitoring.snapshot import Snapshot
@@ -178,7 +178,7 @@ class ActivationShiftMonitor(Callback):
         """Look at them after the step; log, every so often."""
         self._step_begins = False
         if self.monitor is not None:
-            snapshot = self.monitor.after(step_of(trainer), samples_in(batch))
+            snapshot = self.monitor.after(step_of(trainer), known_samples_in(batch))
             self._clock.stop()
             if snapshot is not None:
                 self._log(trainer, snapshot)
@@ -192,7 +192,7 @@ class ActivationShiftMonitor(Callback):
             self._record.recalibrated(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up what the module has logged of the epoch."""
+        """Take up what the module has logged in the epoch's steps; its own hook of this name runs after this one."""
         self._record.measured(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

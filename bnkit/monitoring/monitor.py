@@ -204,11 +204,14 @@ class Monitor:
         nonfinite = nonfinite_since(self._sampler.samples, seen[0].position)
         batches = [one.samples for one in seen if one.samples]
         for group, (rows, state) in zip(self._groups, recorded, strict=True):
-            count = len(rows.known)  # the last of the steps seen: a group may have begun later
+            count = len(rows.calls)  # the last of the steps seen: a group may have begun later
             kl[len(seen) - count :, [position[name] for name in group.names]] = rows.kl
-            for name, measures in from_steps(group.names, rows, state).items():
+            once = (rows.calls <= 1).all(0).tolist()
+            for (name, measures), called_once in zip(from_steps(group.names, rows, state).items(), once, strict=True):
                 layer = self.layers[name]
-                layers[name] = with_batch_size(layer, _known(layer, measures), batches, self.noise_level)
+                # Of several calls a step the noise is that of their average: it tells of no batch.
+                counted = batches if called_once else []
+                layers[name] = with_batch_size(layer, _known(layer, measures), counted, self.noise_level)
             for name, flags in zip(group.names, rows.nonfinite.unbind(1), strict=True):
                 if bool((flags > 0).any()):
                     nonfinite[name] = seen[len(seen) - count + int((flags > 0).int().argmax())].position

@@ -71,7 +71,7 @@ class Snapshot(NamedTuple):
 
 def from_steps(names: Sequence[str], rows: StepRows, state: LayerState) -> dict[str, LayerMeasures]:
     """Layers whose every step was recorded; rows and state on the CPU."""
-    took_part = rows.known.sum(0) > 0
+    took_part = rows.calls.sum(0) > 0
     means = {field: getattr(rows, field).nanmean(0).tolist() for field in rows._fields}
     now = {field: getattr(state, field).tolist() for field in state._fields}
     return {

@@ -28,7 +28,7 @@ class StepRows(NamedTuple):
     kl: Tensor
     noise_squared: Tensor
     nonfinite: Tensor  # 1 or 0
-    known: Tensor  # 1 or 0: whether the layer took part and its batch could be recovered
+    calls: Tensor  # of the layer; 0 where it took no part or its batch could not be recovered
 
 
 class LayerState(NamedTuple):
@@ -95,7 +95,7 @@ class StepMeasures:
         self._noise(steps, scale, out=noise)
         means = self._mean_of_layers(measures)
         nonfinite = steps.known & ~means[2].isfinite()
-        self._rows.append(torch.cat([means, torch.stack([nonfinite, steps.known]).to(means.dtype)]))
+        self._rows.append(torch.cat([means, torch.stack([nonfinite, steps.calls * steps.known]).to(means.dtype)]))
         self._average(steps, known)
         self._keep_last(steps, scale, ratio, known)
         return steps

@@ -1,10 +1,13 @@
 """ActivationShiftMonitor over two real processes: rank 0's numbers, or the average, and never a wait without an end."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 from helpers.lightning_models import Classifier, loader, trainer
 from helpers.wandb_runs import log_file, logged, offline_logger
 from lightning.pytorch import seed_everything
+from lightning.pytorch.strategies import DDPStrategy
 
 import bnkit
 from bnkit import Moments
@@ -128,6 +131,30 @@ def test_a_failure_on_one_rank_ends_the_fit(tmp_path):
     engine = trainer(tmp_path, [_monitor(tmp_path, across_ranks=True)], strategy="ddp_fork", devices=2)
     with pytest.raises(Exception, match="no luck"):
         engine.fit(Fails(tmp_path), loader())
+
+
+class _Gathers(Observed):
+    """Logs an average over ranks and epoch, and speaks to the other ranks before Lightning has reduced it."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def on_train_epoch_end(self):
+        gathered = self.all_gather(torch.tensor(float(self.global_rank)))
+        assert gathered.tolist() == [0.0, 1.0]
+
+
+def test_what_the_module_logs_of_an_epoch_is_reduced_by_all_ranks_together(tmp_path):
+    engine = trainer(tmp_path, [_monitor(tmp_path)], strategy=_impatient(), devices=2)
+    engine.fit(_Gathers(tmp_path), loader())
+    assert _series(tmp_path, "train/loss")[-1] == pytest.approx(float(engine.callback_metrics["train/loss"]))
+
+
+def _impatient():
+    """With a timeout, so that ranks that wait for different things fail, and do not wait for half an hour."""
+    return DDPStrategy(start_method="fork", timeout=timedelta(seconds=30))
 
 
 def test_across_ranks_a_wandb_run_is_written_by_rank_0(tmp_path):

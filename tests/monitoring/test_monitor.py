@@ -803,3 +803,17 @@ def test_arguments_out_of_range_are_refused_by_name(arguments):
 
 def test_no_step_gives_no_snapshot():
     assert Monitor(ConvNet()).snapshot() is None
+
+
+def test_several_calls_a_step_tell_no_batch_size():
+    once, twice = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    monitor = Monitor(nn.ModuleList([once, twice]), every_n_steps=5)
+    for step in range(5):
+        monitor.before()
+        once(torch.randn(8, 4))
+        twice(torch.randn(8, 4))
+        twice(torch.randn(8, 4))
+        snapshot = monitor.after(step, samples=8)
+    assert snapshot.layers["0"].normalization_batch_size > 0
+    assert math.isnan(snapshot.layers["1"].normalization_batch_size)
+    assert snapshot.layers["1"].noise > 0

@@ -49,7 +49,7 @@ def test_every_steps_measures_are_those_of_the_shift_module(capacity):
     for i, expected in enumerate(shifts[-1]):
         torch.testing.assert_close(state.wasserstein2[i], expected.wasserstein2.mean(), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(state.psi[i], expected.psi.mean(), rtol=1e-3, atol=1e-4)
-    assert rows.known.all()
+    assert rows.calls.all()
     assert not rows.nonfinite.any()
 
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_known_is_nan_and_never_zero():
         assert getattr(rows, field)[:, 1].isnan().all(), field
     for field in ("wasserstein2", "psi", "drift", "dead_fraction"):
         assert getattr(state, field)[1].isnan(), field
-    assert rows.known[:, 1].tolist() == [0] * 4
+    assert rows.calls[:, 1].tolist() == [0] * 4
     assert rows.nonfinite[:, 1].tolist() == [0] * 4
     assert rows.noise_squared[0].isnan().all(), "one batch has no scatter"
 
@@ -212,4 +212,4 @@ def test_a_layer_that_joins_later_is_unknown_before():
     rows = StepRows(*measures.result()[0])
     assert rows.kl[:, 0].tolist() == [1] * 5
     assert rows.kl[:, 1].isnan().all()
-    assert rows.known[:, 1].tolist() == [0] * 5
+    assert rows.calls[:, 1].tolist() == [0] * 5
