@@ -13,13 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit import ranks
 from bnkit.feeding import Forward, feed, samples_in
-from bnkit.layers import keeps_forward
+from bnkit.layers import batch_norm_layers, keeps_forward, tracks_statistics
 from bnkit.moments import Moments
+from bnkit.norms import Variant
 from bnkit.observation import Source, reading
 from bnkit.stand_ins import is_foreign, waits_for_ranks
 from bnkit.totals import Reached, Totals
 
-__all__ = ["Collected", "Collector"]
+__all__ = ["Collected", "Collector", "kinds"]
 
 # The spread of fewer batch means is too rough an estimate to stop by.
 _FEWEST_BATCHES = 4
@@ -93,8 +94,10 @@ class Collector:
                         arriving = samples_in(batch) if has_batch else 0
                 except BaseException as error:
                     failure = error
-                rows = ranks.all_gather_numbers((failure is not None, has_batch, arriving), self.process_group)
-                self._raise_any(failure, [bool(row[0]) for row in rows])
+                with ranks.preferring(failure):
+                    rows = ranks.all_gather_numbers((failure is not None, has_batch, arriving), self.process_group)
+                if any(row[0] for row in rows):
+                    ranks.raise_together("Recalibration", failure, self.process_group)
                 present, arriving = sum(int(row[1]) for row in rows), sum(int(row[2]) for row in rows)
                 if not present or (lockstep and present < len(rows)):
                     break
@@ -103,8 +106,17 @@ class Collector:
                 if self.tolerance is not None and batches and self._is_known(state.pooled, self.tolerance):
                     break
                 if has_batch:
+                    state.begin()
                     try:
-                        if not self._forward(state, batch, own_batches):
+                        with suppress(Reached):
+                            feed(self.model, batch, own_batches, self.forward)
+                    except BaseException as error:
+                        if lockstep:
+                            # The others wait inside of a layer, for a message of another size than the ones here.
+                            raise
+                        failure = error
+                    try:
+                        if failure is None and not self._add(state, own_batches):
                             skipped, skipped_samples = skipped + 1, skipped_samples + samples_in(batch)
                     except BaseException as error:
                         failure = error
@@ -144,7 +156,7 @@ class Collector:
                     feed(self.model, batch, 0, self.forward)
         except BaseException as error:
             failure = error
-        self._raise_any(failure, ranks.all_gather_object(failure is not None, self.process_group))
+        ranks.raise_together("Recalibration", failure, self.process_group)
         if not any(ranks.all_gather_object(batch is not _END, self.process_group)):
             raise _no_batches()
         merged: dict[str, int] = {}
@@ -152,11 +164,8 @@ class Collector:
             merged |= {name: max(number, merged.get(name, 0)) for name, number in theirs.items()}
         return merged
 
-    def _forward(self, state: Totals, batch: Any, index: int) -> bool:
-        """Run the model and pool what its layers normalised; False where that was not finite and is left out."""
-        state.begin()
-        with suppress(Reached):
-            feed(self.model, batch, index, self.forward)
+    def _add(self, state: Totals, index: int) -> bool:
+        """Pool what the layers normalised in the forward; False where that was not finite and is left out."""
         culprit = state.nonfinite()
         if culprit is None:
             state.add()
@@ -176,16 +185,6 @@ class Collector:
         # A layer that is not reached stays unknown, and keeps nothing waiting.
         return bool((known & (everywhere.batches >= _FEWEST_BATCHES) | (everywhere.count == 0)).all())
 
-    def _raise_any(self, failure: BaseException | None, failed: list[bool]) -> None:
-        """Raise this rank's error, or say whose it was: a rank that went on alone would wait for ever."""
-        if failure is not None:
-            raise failure
-        if any(failed):
-            raise RuntimeError(
-                f"Recalibration was given up on this rank, with nothing changed, because rank {failed.index(True)} "
-                "failed: see that rank's error."
-            )
-
     def _bar(self, label: str) -> AbstractContextManager[Any]:
         if not self.progress or ranks.rank(self.process_group) != 0:
             return nullcontext(_NoBar)
@@ -195,6 +194,19 @@ class Collector:
             desc=f"Recalibrating {label}".rstrip(), total=self.max_samples, unit=" samples", leave=False
         )
         return bar
+
+
+def kinds(model: nn.Module) -> dict[str, object]:
+    """What ranks must have in common of their layers to send each other messages of one length, in one order."""
+    layers = batch_norm_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no BatchNorm layers to recalibrate.")
+    return {
+        f"layer {name!r}": f"{type(layer).__name__} of {layer.num_features} channels"
+        + (f" by {layer.spec}" if isinstance(layer, Variant) else "")
+        + ("" if tracks_statistics(layer) else " without running statistics")
+        for name, layer in layers.items()
+    }
 
 
 class _NoBar:

@@ -13,7 +13,8 @@ from bnkit import ranks
 
 __all__ = ["Moments", "to_float64"]
 
-# A reduction converts its input to float64. Slices of this many elements bound that copy to 128 MiB.
+# A reduction converts its input to float64, and one over ranks has all of theirs: slices of this many elements bound
+# those copies to 128 MiB.
 _SLICE_ELEMENTS = 2**24
 
 
@@ -135,7 +136,7 @@ class Moments:
         return Moments.pool([self, other])
 
     def all_reduce(self, process_group: dist.ProcessGroup | None = None) -> Moments:
-        """Pool over the ranks of a process group, by one collective of one packed tensor.
+        """Pool over the ranks of a process group, by one collective of one packed tensor (several, where it is long).
 
         Exact for uneven and for empty ranks. All ranks pool the same gathered bits in the same order, so that all of
         them get the same bits. Every rank of the group must call it, with the same channels. Without an initialized
@@ -144,10 +145,19 @@ class Moments:
         Args:
             process_group: the ranks to pool over; default: all.
         """
-        if ranks.world_size(process_group) == 1:
+        number = ranks.world_size(process_group)
+        if number == 1:
             return self
-        gathered = ranks.all_gather(self._packed(), process_group)
-        return _pool_packed(torch.stack(gathered, dim=1), per_channel=self.count.ndim > 0)
+        packed, per_channel = self._packed(), self.count.ndim > 0
+        # Every rank's numbers lie here side by side: of a thousand ranks and as many channels, in slices.
+        parts = torch.split(packed, max(1, _SLICE_ELEMENTS // (len(packed) * number)), dim=1)
+        pooled = [
+            _pool_packed(torch.stack(ranks.all_gather(part, process_group), dim=1), per_channel) for part in parts
+        ]
+        if len(pooled) == 1:
+            return pooled[0]
+        whole = Moments.cat(pooled)
+        return whole if per_channel else whole.split([len(self.mean)])[0]
 
     @classmethod
     def cat(cls, layers: Sequence[Moments]) -> Moments:

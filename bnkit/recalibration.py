@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit import ranks
-from bnkit.collection import Collected, Collector
+from bnkit.collection import Collected, Collector, kinds
 from bnkit.feeding import Forward
 from bnkit.layers import batch_norm_layers, unwrap
 from bnkit.norms import Variant
@@ -99,17 +99,30 @@ def recalibrate(
             per channel, or a forward that reaches none of the layers.
         TypeError: a batch that the default forward cannot feed, or a scripted model.
         FloatingPointError: a statistic that is not finite, with ``on_nonfinite="raise"``.
-        RuntimeError: another rank failed; that rank raises its own error.
+        RuntimeError: another rank failed, and how; that rank raises its own error.
     """
-    check_arguments(max_samples, tolerance, prior_samples, consistency, on_nonfinite)
     started = time.perf_counter()
     model = unwrap(model)
+
+    def facts() -> dict[str, object]:
+        check_arguments(max_samples, tolerance, prior_samples, consistency, on_nonfinite)
+        arguments = {
+            "max_samples": max_samples,
+            "tolerance": tolerance,
+            "prior_samples": prior_samples,
+            "consistency": consistency,
+            "on_nonfinite": on_nonfinite,
+        }
+        return arguments | kinds(model)
+
+    key = ranks.agree("Recalibration", facts, process_group)
     targets, kept = choose_targets(model, frozen, process_group)
     # A tensor made in inference mode could not be trained with later, so none is made, unless the model's are such.
-    with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
+    inference = torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers()))
+    with ranks.leaving_word("Recalibration", key, process_group), inference, torch.no_grad():
         before = {name: pair for name, pair in read_statistics(model).items() if name in targets}
         # DDP keeps the ranks' buffers apart until its next forward, which sends rank 0's to all.
-        prior = ranks.all_gather_object(before, process_group)[0] if prior_samples else before
+        prior = _of_first_rank(before, process_group) if prior_samples and before else before
         _check_prior(prior, prior_samples)
         if not targets:
             return RecalibrationReport(0, 0, 0, 0, time.perf_counter() - started, {}, kept, {})
@@ -144,6 +157,16 @@ def recalibrate(
         # Last, and in one go: until here nothing has changed.
         write_statistics(model, after)
         return report
+
+
+def _of_first_rank(
+    statistics: Mapping[str, tuple[Tensor, Tensor]], process_group: dist.ProcessGroup | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The group's first rank's statistics, in float64 on the CPU."""
+    mine = torch.cat([buffer.double().cpu() for pair in statistics.values() for buffer in pair])
+    sizes = [len(buffer) for pair in statistics.values() for buffer in pair]
+    parts = torch.split(ranks.broadcast(mine, process_group), sizes)
+    return dict(zip(statistics, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
 
 def _layer_by_layer(

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from bnkit.ranks import reaching
+
 __all__ = ["gather", "is_distributed", "reduce_sum", "subgroup"]
 
 _made: dict[int, tuple[ref[ProcessGroup], ref[ProcessGroup]]] = {}
@@ -56,14 +58,16 @@ def gather(row: Tensor, group: ProcessGroup) -> Tensor:
     """Every rank's row as the rows of a matrix, in one collective: the same bits on every rank."""
     sent = row.contiguous().to(_device(group, row))
     rows = sent.new_empty(dist.get_world_size(group), len(sent))
-    dist.all_gather(list(rows.unbind()), sent, group=group)
+    with reaching():
+        dist.all_gather(list(rows.unbind()), sent, group=group)
     return rows.to(row.device)
 
 
 def reduce_sum(row: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of every rank's row."""
     total = row.to(_device(group, row), copy=True)
-    dist.all_reduce(total, group=group)
+    with reaching():
+        dist.all_reduce(total, group=group)
     return total.to(row.device)
 
 
