@@ -23,8 +23,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from bnkit.training.launching import is_multirun, refuse_processes_that_repeat_the_sweep
-from bnkit.training.resuming import AtomicCheckpointIO, RandomStates, finished, last_checkpoint, save_result
+from bnkit.training.launching import forget_loky, is_multirun, refuse_processes_that_repeat_the_sweep
+from bnkit.training.resuming import (
+    AtomicCheckpointIO,
+    MetricsSoFar,
+    RandomStates,
+    alone_in,
+    finished,
+    last_checkpoint,
+    metrics_so_far,
+    refuse_the_checkpoint_of_another_job,
+    save_result,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +51,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Train and test as ``cfg`` says.
 
     A job that was stopped goes on from the last checkpoint in ``cfg.run_dir``, and one that has finished there is not
-    run again, unless ``cfg.resume`` is false.
+    run again, unless ``cfg.resume`` is false. Where another process runs a job in that directory, it waits for its end.
 
     Args:
         cfg: ``conf/train.yaml``, composed. ``cfg.run_dir`` gets the resolved config, the checkpoints, the logs, and at
@@ -55,19 +65,27 @@ def run(cfg: DictConfig) -> dict[str, float]:
         FileNotFoundError: When ``cfg.ckpt_path`` does not exist.
         SystemExit: When the job was stopped by SIGTERM.
         ValueError: When the trainer would start its processes by running the script again, under ``--multirun``; when
-            W&B is online but there is no key.
+            the checkpoint in ``cfg.run_dir`` is of another job; when W&B is online but there is no key.
     """
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={cfg.ckpt_path} does not exist; nothing to resume from.")
+    with alone_in(cfg.run_dir):
+        return _run(cfg)
+
+
+def _run(cfg: DictConfig) -> dict[str, float]:
     done = finished(cfg) if cfg.resume else None
     if done is not None:
         log.info("Finished before, in %s; resume=false runs it again.", _relative(cfg.run_dir))
         return done
-    checkpoint_path = cfg.ckpt_path or (last_checkpoint(cfg.run_dir) if cfg.resume else None)
+    checkpoint_path, before = cfg.ckpt_path, {}
+    if checkpoint_path is None and cfg.resume and (last := last_checkpoint(cfg.run_dir)):
+        refuse_the_checkpoint_of_another_job(cfg, Path(cfg.run_dir) / CONFIG_NAME)
+        checkpoint_path, before = last, metrics_so_far(last)
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule: LightningDataModule = instantiate(cfg.data)
     module: LightningModule = instantiate(cfg.model, _convert_="all")
-    callbacks = [*_callbacks(cfg.callbacks), RandomStates()]
+    callbacks = [*_callbacks(cfg.callbacks), RandomStates(), MetricsSoFar()]
     loggers = _instances(cfg.logger)
     _name_runs(cfg, loggers)
     trainer: Trainer = instantiate(cfg.trainer, _partial_=True, _convert_="all")(
@@ -78,6 +96,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
     refuse_processes_that_repeat_the_sweep(trainer)
+    forget_loky()
     with _wandb_ends_with_the_job(loggers), _threads(cfg.threads), warnings.catch_warnings():
         _ignore_what_does_not_apply()
         _save_config(cfg, loggers)
@@ -89,7 +108,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             log.info("Stopped; the same command with hydra.run.dir=%s goes on.", _relative(cfg.run_dir))
             raise SystemExit(128 + signal.SIGTERM) from None
         _learn_columns(loggers)
-        metrics = _floats(trainer.callback_metrics)
+        metrics = before | _floats(trainer.callback_metrics)
         checkpoint = trainer.checkpoint_callback
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 from datetime import datetime
 
@@ -13,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import OmegaConf
 
-__all__ = ["is_multirun", "refuse_processes_that_repeat_the_sweep", "started"]
+__all__ = ["forget_loky", "is_multirun", "refuse_processes_that_repeat_the_sweep", "started"]
 
 
 def is_multirun() -> bool:
@@ -38,6 +39,12 @@ def refuse_processes_that_repeat_the_sweep(trainer: Trainer) -> None:
         )
 
 
+def forget_loky() -> None:
+    """In a worker of joblib, start processes as everywhere else; by joblib's own method a spawned one cannot begin."""
+    if multiprocessing.get_start_method(allow_none=True) == "loky":
+        multiprocessing.set_start_method(None, force=True)
+
+
 @functools.cache
 def started() -> str:
     """When the job began, for the name of its directory: the same text in all processes that torchrun or SLURM started.
@@ -58,4 +65,5 @@ def started() -> str:
 
 
 if not OmegaConf.has_resolver("bnkit.started"):
-    OmegaConf.register_new_resolver("bnkit.started", started)
+    # Kept with the config, which goes to the processes of joblib and submitit: they are in the sweep's directory too.
+    OmegaConf.register_new_resolver("bnkit.started", started, use_cache=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from itertools import pairwise
@@ -20,7 +21,25 @@ from bnkit.callbacks import ActivationShiftMonitor, BatchNormRecalibration, Batc
 from bnkit.norms import Ghost
 
 CONF = Path(str(files("bnkit.conf")))
-JOB_GROUPS = ("callbacks", "data", "debug", "experiment", "fault", "logger", "model", "trainer")
+JOB_GROUPS = (
+    "callbacks",
+    "data",
+    "debug",
+    "experiment",
+    "fault",
+    "hparams_search",
+    "launcher",
+    "logger",
+    "model",
+    "recalibration",
+    "trainer",
+)
+PLUGINS = {  # what an option needs of the extra bnkit[sweeps]
+    "joblib": "hydra_joblib_launcher",
+    "norm_batch_optuna": "hydra_optuna_sweeper",
+    "submitit_local": "hydra_submitit_launcher",
+    "submitit_slurm": "hydra_submitit_launcher",
+}
 SWAPS = sorted(path.stem for path in (CONF / "bnkit" / "swap").glob("*.yaml"))
 SPECS = {
     "domain": ["Domain"],
@@ -68,11 +87,39 @@ def test_every_folder_of_the_job_is_tested_here():
     assert folders == {".", "bnkit/callback", "bnkit/swap", *JOB_GROUPS}
 
 
+def require(option: str) -> None:
+    if option in PLUGINS:
+        pytest.importorskip(f"hydra_plugins.{PLUGINS[option]}", reason=f"{PLUGINS[option]} is in bnkit[sweeps]")
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_names_what_exists(group, option, tmp_path):
+    require(option)
     cfg = composed("train", f"{group}={option}", f"run_dir={tmp_path}")
     check_targets(cfg)
-    assert cfg.callbacks.recalibration._target_ == "bnkit.callbacks.BatchNormRecalibration"
+    if (group, option) == ("recalibration", "none"):
+        assert cfg.callbacks.recalibration is None
+    else:
+        assert cfg.callbacks.recalibration._target_ == "bnkit.callbacks.BatchNormRecalibration"
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "launcher").glob("*.yaml")))
+def test_another_app_launches_by_these_configs_too(option, tmp_path):
+    require(option)
+    (tmp_path / "app.yaml").write_text(
+        "defaults:\n  - _self_\n  - launcher: null\nhydra:\n  searchpath: [pkg://bnkit.conf]\n"
+    )
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("app", overrides=[f"launcher={option}"], return_hydra_config=True)
+    assert cfg.hydra.runtime.choices["hydra/launcher"] == option
+
+
+@pytest.mark.parametrize("option", ["norm_batch", "norm_batch_optuna"])
+def test_every_normalization_batch_of_a_search_fits_into_every_batch(option):
+    space = OmegaConf.load(CONF / "hparams_search" / f"{option}.yaml").hydra.sweeper.params
+    numbers = {key: [int(text) for text in re.findall(r"\d+", str(value))] for key, value in space.items()}
+    assert max(numbers["callbacks.swap.rules.size"]) <= min(numbers["data.batch_size"])
+    assert re.findall(r"default|none", space.recalibration) == ["default", "none"]
 
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "data").glob("*.yaml")))
