@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,27 +15,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnkit import ranks
 from bnkit.layers import batch_norm_layers
 from bnkit.moments import Moments
-from bnkit.monitoring.alarms import DEAD_FRACTION, Alarm, AlarmBell
-from bnkit.monitoring.charts import ShiftChart
-from bnkit.monitoring.dropout_comparison import compare_variances, dropout_before, worth_a_word
-from bnkit.monitoring.input_samples import InputSampler, nonfinite_since, stale_statistics
+from bnkit.monitoring.alarms import Alarm
+from bnkit.monitoring.dropout_comparison import compare_variances, dropout_before
+from bnkit.monitoring.input_samples import InputSampler, nonfinite_since
 from bnkit.monitoring.normalized_together import with_batch_size
 from bnkit.monitoring.snapshot import LayerMeasures, Snapshot, from_samples, from_steps, measure_samples
 from bnkit.monitoring.step_measures import LayerState, StepMeasures, StepRows
 from bnkit.monitoring.step_recorder import why_not_recorded
+from bnkit.monitoring.watch import AlarmWatch, SeenStep
 from bnkit.norms import Variant
 
 __all__ = ["Monitor", "check_arguments"]
 
 _CAPACITY = 64
-
-
-class _Seen(NamedTuple):
-    """A step since the last snapshot."""
-
-    position: int  # how many steps came before it
-    step: int
-    samples: int | None
 
 
 class Monitor:
@@ -102,16 +94,13 @@ class Monitor:
         self.noise_level = noise_level
         self.seconds = 0.0
         """CPU time spent here so far."""
-        self._rate = false_alarms_per_1000_steps / 1000
         self.layers = batch_norm_layers(model)
-        self._chart = ShiftChart(len(self.layers), rate=self._rate, window=window)
-        self._bell = AlarmBell(list(self.layers), silence=window)
+        self._watch = AlarmWatch(list(self.layers), rate=false_alarms_per_1000_steps / 1000, window=window)
         self._sources: dict[str, str] = {}
         self._groups: list[StepMeasures] = []
         self._sampler = InputSampler({})
         self._count = 0  # steps seen
-        self._seen: list[_Seen] = []  # of those since the last snapshot
-        self._weights: dict[str, float] = {}  # rms by layer, at the last snapshot
+        self._seen: list[SeenStep] = []  # of those since the last snapshot
         self._without_dropout: Mapping[str, Moments] | None = None
         self.dropout_shift: dict[str, float] = {}
         self.refresh()
@@ -119,7 +108,7 @@ class Monitor:
     @property
     def alarms(self) -> list[Alarm]:
         """All alarms so far."""
-        return self._bell.alarms
+        return self._watch.alarms
 
     def refresh(self) -> None:
         """Look at the layers anew: some may have been frozen, swapped or moved since. Each snapshot does so too."""
@@ -173,7 +162,7 @@ class Monitor:
                 group.digest()
         if self._without_dropout is not None:
             self._compare_dropout(step)
-        self._seen.append(_Seen(self._count, step, samples))
+        self._seen.append(SeenStep(self._count, step, samples))
         self._count += 1
         snapshot = self.snapshot() if self._count % self.every_n_steps == 0 else None
         self.seconds += time.thread_time() - began
@@ -216,11 +205,9 @@ class Monitor:
                 if bool((flags > 0).any()):
                     nonfinite[name] = seen[len(seen) - count + int((flags > 0).int().argmax())].position
         layers |= {name: from_samples(row) for name, row in zip(self._sampler.samples, sampled, strict=True)}
-        first = len(self.alarms)
-        self._ring(layers, kl, nonfinite, seen)
-        self._weights = {name: measures.weight for name, measures in layers.items()}
+        alarms = self._watch.look(layers, kl, nonfinite, self._sampler.samples, seen)
         self.refresh()
-        return Snapshot(seen[-1].step, layers, tuple(self.alarms[first:]))
+        return Snapshot(seen[-1].step, layers, alarms)
 
     def close(self) -> None:
         """Leave no hook behind; to be called when training ends, however it ends."""
@@ -232,26 +219,22 @@ class Monitor:
         return {
             "count": self._count,
             "layers": list(self.layers),
-            "chart": self._chart.state(),
             "carried": carried,
             "pending": pending,
             "samples": self._sampler.state(),
             "seen": [tuple(one) for one in self._seen],
-            "weights": dict(self._weights),
-            "bell": self._bell.state(),
+            "watch": self._watch.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`; of a model with other layers only the alarms are kept."""
         same = state["layers"] == list(self.layers)
-        self._bell.restore(state["bell"], silences=same)
+        self._watch.restore(state["watch"], same_layers=same)
         if not same:
             return
         self._count = state["count"]
-        self._chart.restore(state["chart"])
         self._sampler.restore(state["samples"])
-        self._seen = [_Seen(*one) for one in state["seen"]]
-        self._weights = dict(state["weights"])
+        self._seen = [SeenStep(*one) for one in state["seen"]]
         for group in self._groups:
             group.carry(state["carried"], state["pending"])
 
@@ -308,43 +291,9 @@ class Monitor:
         without, self._without_dropout = self._without_dropout or {}, None
         recorded = [(group, steps) for group in self._groups if (steps := group.digest()) is not None]
         self.dropout_shift = compare_variances(self.model, recorded, self.layers, without)
-        self._bell.dropout(
-            worth_a_word(self.dropout_shift),
-            lambda name: dropout_before(self.model, self.layers[name]),
-            step,
-            self._count,
+        self._watch.dropout(
+            self.dropout_shift, lambda name: dropout_before(self.model, self.layers[name]), step, self._count
         )
-
-    def _ring(
-        self, layers: Mapping[str, LayerMeasures], kl: Tensor, nonfinite: Mapping[str, int], seen: list[_Seen]
-    ) -> None:
-        """Raise the alarms of the steps since the last snapshot."""
-        now, step = seen[-1].position, seen[-1].step
-        steps = {one.position: one.step for one in seen}
-        scores = self._chart.update(kl * _per_sample(seen))
-        shifted = {}
-        for index, name in enumerate(self.layers):
-            beyond = (scores[:, index] > 1).nonzero().flatten().tolist()
-            if beyond and name not in nonfinite:
-                shifted[name] = (seen[beyond[0]].position, float(scores[beyond, index].max()))
-        self._bell.shift(shifted, steps, now)
-        self._bell.nonfinite(nonfinite, steps, now)
-        self._bell.dead(
-            {
-                name: (measures.dead_fraction, measures.weight, measures.bias)
-                for name, measures in layers.items()
-                if measures.dead_fraction >= DEAD_FRACTION and not self._is_growing(name, measures.weight)
-            },
-            step,
-            now,
-        )
-        # Asked once a snapshot, for all layers.
-        rate = min(0.1, self._rate * self.every_n_steps / max(1, len(self.layers)))
-        self._bell.stale(stale_statistics(self._sampler.samples, rate), step, now)
-
-    def _is_growing(self, name: str, weight: float) -> bool:
-        """Whether a layer has hardly any weight yet, as layers have that are made with a weight of 0 on purpose."""
-        return weight < 1e-2 and not weight <= 1.1 * self._weights.get(name, math.nan)
 
 
 def _known(layer: _BatchNorm, measures: LayerMeasures) -> LayerMeasures:
@@ -352,13 +301,6 @@ def _known(layer: _BatchNorm, measures: LayerMeasures) -> LayerMeasures:
     if isinstance(layer, Variant) and type(layer).remembers is not Variant.remembers:
         return measures._replace(mean_shift=math.nan, drift=math.nan, noise=math.nan)  # it keeps no mean
     return measures
-
-
-def _per_sample(seen: list[_Seen]) -> Tensor:
-    """(K, 1): what the divergence of each step is multiplied by; it goes with one over the samples."""
-    if all(one.samples is None for one in seen):
-        return torch.ones(len(seen), 1, dtype=torch.float64)
-    return torch.tensor([[one.samples or math.nan] for one in seen], dtype=torch.float64)
 
 
 def check_arguments(

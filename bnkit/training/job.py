@@ -24,10 +24,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from bnkit.training.launching import forget_loky, is_multirun, refuse_processes_that_repeat_the_sweep
-from bnkit.training.resuming import (
-    AtomicCheckpointIO,
-    MetricsSoFar,
-    RandomStates,
+from bnkit.training.resuming import AtomicCheckpointIO, MetricsSoFar, RandomStates
+from bnkit.training.run_directory import (
     alone_in,
     finished,
     last_checkpoint,

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bnkit.training import run
-from bnkit.training.resuming import RESULT_NAME, AtomicCheckpointIO, RandomStates
+from bnkit.training.resuming import AtomicCheckpointIO, RandomStates
+from bnkit.training.run_directory import RESULT_NAME
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SHORT = ("data.train_size=160", "data.validation_size=64", "trainer.max_epochs=3", "test=false", "threads=1")

@@ -18,7 +18,7 @@ import yaml
 
 from bnkit.dashboard import sources
 from bnkit.training import run
-from bnkit.training.resuming import LOCK_NAME, RESULT_NAME, alone_in
+from bnkit.training.run_directory import LOCK_NAME, RESULT_NAME, alone_in
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SHORT = ("data.train_size=96", "data.validation_size=64", "test=false", "threads=1")
@@ -224,7 +224,7 @@ def test_a_job_killed_between_its_last_checkpoint_and_its_result_has_the_same_re
 
 HOLDER = """
 import sys, time
-from bnkit.training.resuming import alone_in
+from bnkit.training.run_directory import alone_in
 with alone_in(sys.argv[1]):
     print("in", flush=True)
     time.sleep(600)
