@@ -68,7 +68,17 @@ def assert_identical(one, other, where):
         assert one == other or one != one, where
 
 
-SWAPS = {"plain": [], "ghost": ["swap=ghost"], "renorm": ["swap=renorm", "callbacks.recalibration=null"]}
+SWAPS = {
+    "plain": [],
+    "ghost": ["swap=ghost"],
+    "renorm": ["swap=renorm", "callbacks.recalibration=null"],
+    "frozen by a schedule": [
+        "swap=none",
+        "callbacks.swap.schedule={2: {_target_: bnkit.norms.Frozen}}",
+        "model.optimizer.lr=0.01",
+    ],
+    "two processes": ["swap=sync", "trainer=ddp_fork"],
+}
 
 
 @pytest.mark.parametrize("swap", SWAPS.values(), ids=SWAPS)
