@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from bnkit.training.launching import forget_loky, is_multirun, refuse_processes_that_repeat_the_sweep
-from bnkit.training.resuming import AtomicCheckpointIO, MetricsSoFar, RandomStates
+from bnkit.training.resuming import AtomicCheckpointIO, MetricsSoFar, RandomStates, SigtermEndsTheFit
 from bnkit.training.run_directory import (
     alone_in,
     finished,
@@ -83,7 +83,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule: LightningDataModule = instantiate(cfg.data)
     module: LightningModule = instantiate(cfg.model, _convert_="all")
-    callbacks = [*_callbacks(cfg.callbacks), RandomStates(), MetricsSoFar()]
+    callbacks = [*_callbacks(cfg.callbacks), RandomStates(), MetricsSoFar(), SigtermEndsTheFit()]
     loggers = _instances(cfg.logger)
     _name_runs(cfg, loggers)
     trainer: Trainer = instantiate(cfg.trainer, _partial_=True, _convert_="all")(

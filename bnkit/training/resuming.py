@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bnkit import ranks
 
-__all__ = ["AtomicCheckpointIO", "MetricsSoFar", "RandomStates"]
+__all__ = ["AtomicCheckpointIO", "MetricsSoFar", "RandomStates", "SigtermEndsTheFit"]
 
 
 class RandomStates(Callback):
@@ -68,6 +72,26 @@ class MetricsSoFar(Callback):
     ) -> None:
         """Add them."""
         checkpoint["metrics_so_far"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+class SigtermEndsTheFit(Callback):
+    """Lets SIGTERM end a fit of several processes at once, in each of them.
+
+    Lightning's own handler tells the other ranks by a collective, which comes between those of the step: the ranks then
+    wait for each other for ever. Here the process tells those that it has started by the same signal, and leaves.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Replace Lightning's handler, which Lightning replaces by the one of before when the fit ends."""
+        if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
+            return
+
+        def end(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.Signals(signum))
+            raise SIGTERMException
+
+        signal.signal(signal.SIGTERM, end)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -131,6 +131,27 @@ def test_a_job_that_was_stopped_goes_on_to_the_same_end(job_config, tmp_path, se
         assert (folder / "csv" / "metrics_part_1.csv").is_file(), "the table of the first part was lost"
 
 
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_sigterm_ends_a_job_of_two_processes_which_goes_on_to_the_same_end(job_config, tmp_path):
+    overrides = (*SHORT[:2], "trainer.max_epochs=12", *SHORT[3:], "logger=none", "swap=sync")
+    run(job_config(*overrides, "trainer=ddp_fork", run="whole", short=False))
+    folder = tmp_path / "stopped"
+    command = [sys.executable, SCRIPT, *overrides, "trainer=ddp", f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    try:
+        _wait_for(folder / "checkpoints" / "last.ckpt", process)
+        process.terminate()
+        output, _ = process.communicate(timeout=60)  # Lightning's own handler would wait for ever
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "goes on" in output
+    assert last(folder)["epoch"] < 11, "it was stopped too late to tell anything"
+    run(job_config(*overrides, "trainer=ddp_fork", run="stopped", short=False))
+    assert_ended_alike(tmp_path / "whole", folder)
+
+
 def test_a_finished_job_does_not_run_again(job_config, tmp_path):
     first = run(config(job_config, "run", "trainer.max_epochs=1"))
     result = tmp_path / "run" / RESULT_NAME
