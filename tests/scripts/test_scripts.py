@@ -38,8 +38,8 @@ def test_train_then_recalibrate(tmp_path):
     [sweep] = (tmp_path / "outputs" / "train").iterdir()
     for job in ("0", "1"):
         assert {path.name for path in (sweep / job).iterdir()} == {
-            ".hydra", "bn_history.json", "checkpoints", "config.yaml", "csv", "report.html", "result.json", "train.log",
-            "wandb", "wandb_id.txt"
+            ".hydra", ".lock", "bn_history.json", "checkpoints", "config.yaml", "csv", "report.html", "result.json",
+            "train.log", "wandb", "wandb_id.txt"
         }  # fmt: skip
         assert len(list((sweep / job / "wandb").glob("offline-run-*"))) == 1
 

@@ -84,7 +84,7 @@ def text(folder):
 @pytest.mark.parametrize(
     ("launcher", "seeds", "trainer", "steps"),
     [
-        pytest.param("joblib", [0, 1], "ddp_spawn", 3, marks=needs("hydra_joblib_launcher")),
+        pytest.param("joblib", [0, 1], "cpu", 6, marks=needs("hydra_joblib_launcher")),
         pytest.param("submitit_local", [0], "ddp_spawn", 3, marks=needs("hydra_submitit_launcher")),
     ],
 )
