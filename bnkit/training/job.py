@@ -23,7 +23,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from bnkit.training.launching import forget_loky, is_multirun, refuse_processes_that_repeat_the_sweep
+from bnkit.training.launching import (
+    forget_loky,
+    forget_the_last_port,
+    is_multirun,
+    refuse_processes_that_repeat_the_sweep,
+)
 from bnkit.training.resuming import AtomicCheckpointIO, MetricsSoFar, RandomStates, SigtermEndsTheFit
 from bnkit.training.run_directory import (
     alone_in,
@@ -95,6 +100,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     )
     refuse_processes_that_repeat_the_sweep(trainer)
     forget_loky()
+    forget_the_last_port(trainer)
     with _wandb_ends_with_the_job(loggers), _threads(cfg.threads), warnings.catch_warnings():
         _ignore_what_does_not_apply()
         _save_config(cfg, loggers)

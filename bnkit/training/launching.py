@@ -11,10 +11,10 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from omegaconf import OmegaConf
 
-__all__ = ["forget_loky", "is_multirun", "refuse_processes_that_repeat_the_sweep", "started"]
+__all__ = ["forget_loky", "forget_the_last_port", "is_multirun", "refuse_processes_that_repeat_the_sweep", "started"]
 
 
 def is_multirun() -> bool:
@@ -43,6 +43,16 @@ def forget_loky() -> None:
     """In a worker of joblib, start processes as everywhere else; by joblib's own method a spawned one cannot begin."""
     if multiprocessing.get_start_method(allow_none=True) == "loky":
         multiprocessing.set_start_method(None, force=True)
+
+
+def forget_the_last_port(trainer: Trainer) -> None:
+    """In a sweep, let a job that starts its own processes choose their port anew.
+
+    Lightning leaves the port in the environment, which jobs that run at a time may have from one parent: processes of
+    two jobs would meet there, and the others wait for ever.
+    """
+    if is_multirun() and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        os.environ.pop("MASTER_PORT", None)
 
 
 @functools.cache

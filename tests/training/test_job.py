@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from bnkit.training import Digits, ImageClassifier, ResNet, job, run
-from bnkit.training.launching import refuse_processes_that_repeat_the_sweep
+from bnkit.training.launching import forget_the_last_port, refuse_processes_that_repeat_the_sweep
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:
@@ -144,7 +144,8 @@ def test_the_job_trains_with_any_other_batch_norm(job_config, tmp_path, swap):
     assert ("BatchNormSwap" in state) == (swap != "none")
 
 
-def test_processes_that_would_repeat_the_sweep_are_refused(tmp_path):
+def test_processes_that_would_repeat_the_sweep_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")  # of a job before
     with initialize_config_module("bnkit.conf", version_base="1.3"):
         overrides = ["trainer=ddp", "trainer.strategy=ddp", "logger=none", f"run_dir={tmp_path}"]
         cfg = compose("train", overrides=["hydra.mode=MULTIRUN", *overrides], return_hydra_config=True)
@@ -157,6 +158,8 @@ def test_processes_that_would_repeat_the_sweep_are_refused(tmp_path):
         assert not (tmp_path / "config.yaml").exists()
         trainer = job.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False)
         refuse_processes_that_repeat_the_sweep(trainer)  # accepts
+        forget_the_last_port(trainer)
+        assert "MASTER_PORT" not in os.environ, "jobs that run at a time would meet there"
     finally:
         holder.cfg = before
 
