@@ -49,7 +49,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class Collector:
-    """The arguments of :func:`bnkit.recalibrate` that say how to go over the data."""
+    """The arguments of [`bnkit.recalibrate`][] that say how to go over the data."""
 
     model: nn.Module
     batches: Iterable[Any]
@@ -83,7 +83,10 @@ class Collector:
         iterator: Iterator[Any] | None = None
         failure: BaseException | None = None
         batch: Any = None
-        with reading(layers, state.record, by_input=state.wants_input), self._bar(label) as bar:
+        with (
+            reading(layers, state.record, by_input=state.wants_input, glance=state.glance),
+            self._bar(label) as bar,
+        ):
             while True:
                 has_batch, arriving = False, 0
                 try:

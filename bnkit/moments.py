@@ -24,20 +24,21 @@ class Moments:
 
     Two of them pool without loss by the law of total variance (Chan, Golub & LeVeque 1983):
 
-    .. math::
-        n = n_a + n_b, \qquad \mu = \mu_a + \delta \frac{n_b}{n}, \qquad
-        n \sigma^2 = n_a \sigma_a^2 + n_b \sigma_b^2 + \delta^2 \frac{n_a n_b}{n}, \qquad \delta = \mu_b - \mu_a
+    $$
+    n = n_a + n_b, \qquad \mu = \mu_a + \delta \frac{n_b}{n}, \qquad
+    n \sigma^2 = n_a \sigma_a^2 + n_b \sigma_b^2 + \delta^2 \frac{n_a n_b}{n}, \qquad \delta = \mu_b - \mu_a
+    $$
 
     Every term is a sum of non-negative ones, so the variance is never negative, and no large squares cancel, as they do
-    in :math:`E[x^2] - E[x]^2`.
+    in $E[x^2] - E[x]^2$.
 
     The part of the variance that lies *between* the pooled batches is kept beside it: the spread of the batch means
-    tells how well the pooled mean is known (see :attr:`standard_error`). Activations of one batch are correlated
-    (pixels of an image are), so :math:`\sigma / \sqrt{n}` would be far too small.
+    tells how well the pooled mean is known (see ``standard_error``). Activations of one batch are correlated
+    (pixels of an image are), so $\sigma / \sqrt{n}$ would be far too small.
 
     Args:
         count: number of values per channel; float64 scalar, >= 0. One per channel, shape (C,), where several layers
-            were concatenated with :meth:`cat`.
+            were concatenated with ``cat``.
         mean: mean per channel, float64, shape (C,).
         var: biased (population) variance per channel, float64, shape (C,), >= 0.
         batches: number of batches that were pooled; float64, the shape of ``count``. Default: 1, and 0 where the count
@@ -130,6 +131,18 @@ class Moments:
         packed = torch.stack([part._packed().to(device) for part in parts], dim=1)
         return _pool_packed(packed, per_channel)
 
+    @classmethod
+    def pool_stacked(cls, counts: Tensor, means: Tensor, variances: Tensor, batches: Tensor) -> Moments:
+        """The Moments of several parts, one a row: the same as ``pool``, with less ado for each of them.
+
+        Args:
+            counts: values per channel, float64, shape (parts, C), as all of them.
+            means: by part and channel.
+            variances: biased, by part and channel.
+            batches: how many each part is, or a share of one.
+        """
+        return _pool_packed(torch.stack([counts, means, variances, batches, torch.zeros_like(counts)]), True)
+
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
@@ -161,11 +174,11 @@ class Moments:
 
     @classmethod
     def cat(cls, layers: Sequence[Moments]) -> Moments:
-        """Several layers' Moments one after the other, to pool or reduce them in one go; see :meth:`split`."""
+        """Several layers' Moments one after the other, to pool or reduce them in one go; see ``split``."""
         return cls(*torch.cat([layer._packed() for layer in layers], dim=1))
 
     def split(self, channels: Sequence[int]) -> list[Moments]:
-        """Undo :meth:`cat`: one Moments for each number of channels."""
+        """Undo ``cat``: one Moments for each number of channels."""
         packed = torch.split(self._packed(), list(channels), dim=1)
         return [Moments(rows[0, 0], rows[1], rows[2], rows[3, 0], rows[4]) for rows in packed]
 
@@ -178,7 +191,7 @@ class Moments:
     def standard_error(self) -> Tensor:
         r"""Standard error of the pooled mean, from the spread of the batch means, shape (C,).
 
-        With B batches of :math:`n_b` values, :math:`\sqrt{\frac{\sum_b n_b (\mu_b - \mu)^2}{(B - 1)\, n}}`: the
+        With B batches of $n_b$ values, $\sqrt{\frac{\sum_b n_b (\mu_b - \mu)^2}{(B - 1)\, n}}$: the
         between-batch mean square of a one-way analysis of variance. It holds for batches drawn independently; batches
         in an order (sorted by class, by time) make it too large or too small. Infinite where fewer than two batches
         were pooled: nothing is known then.

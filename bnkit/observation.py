@@ -16,7 +16,7 @@ from bnkit.layers import batch_norm_layers, keeps_forward, tracks_statistics
 from bnkit.moments import Moments, to_float64
 from bnkit.preservation import undoing
 
-__all__ = ["Observation", "Reading", "Record", "Source", "eager", "observe", "reading", "reduced"]
+__all__ = ["Glance", "Observation", "Reading", "Record", "Source", "eager", "observe", "reading", "reduced"]
 
 Source = Literal["layer", "input"]
 
@@ -41,6 +41,7 @@ class Reading(NamedTuple):
 
 
 Record = Callable[[str, Reading, Tensor], None]
+Glance = Callable[[str, Any], bool]
 
 
 class Observation(dict[str, Moments]):
@@ -81,14 +82,14 @@ def observe(model: nn.Module, *, exact: bool = False) -> Iterator[Observation]:
         exact: reduce every layer's input, also where the layer's own statistics could be read.
 
     Yields:
-        A dict of layer name -> :class:`Moments` of all forwards since entry, this rank's share; pool over ranks with
-        :meth:`Moments.all_reduce`.
+        A dict of layer name -> [`bnkit.Moments`][] of all forwards since entry, this rank's share; pool over ranks with
+        [`Moments.all_reduce`][bnkit.Moments.all_reduce].
 
     Raises:
         TypeError: for a scripted model.
         ValueError: for a model with lazy layers.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
         >>> with observe(model) as seen:
         ...     _ = model(torch.randn(32, 4))
@@ -113,35 +114,62 @@ def reading(
     record: Record,
     *,
     by_input: Callable[[str], bool] = lambda _: False,
+    glance: Glance | None = None,
 ) -> Iterator[None]:
-    """Call ``record`` with a :class:`Reading` after every call of these layers, until the block ends.
+    """Call ``record`` with a ``Reading`` after every call of these layers, until the block ends.
 
     Args:
         layers: the layers by name.
         record: called with the layer's name, what it normalised, and its input.
         by_input: asked at every call: reduce this layer's input, even if its own statistics could be read?
+        glance: asked before every call, with the layer's name and its first positional argument, if there is one: is it
+            enough to know that the layer was called with this? Then that call is not recorded. Default: never.
     """
-    hooks = {name: _hook(name, record, by_input) for name in layers}
+    hooks = {name: _hook(name, record, by_input, once=glance is not None) for name in layers}
+
+    def read_the_next_call(layer: _BatchNorm, name: str) -> None:
+        # First among the layer's hooks: another may replace the output.
+        layer.register_forward_hook(hooks[name], with_kwargs=True, prepend=True)
+
+    def before(name: str, glance: Glance) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            assert isinstance(layer, _BatchNorm)
+            if not _in_backward() and not glance(name, args[0] if args else None):
+                read_the_next_call(layer, name)
+
+        return hook
+
+    glances = {name: before(name, glance) for name in layers} if glance is not None else {}
 
     def undo() -> None:
-        # By the functions, not by handles: Ctrl-C may come between a registration and the handle's assignment.
         for name, layer in layers.items():
-            for key in [key for key, hook in layer._forward_hooks.items() if hook is hooks[name]]:
-                layer._forward_hooks_with_kwargs.pop(key, None)
-                layer._forward_hooks.pop(key)
+            _remove(layer, hooks[name])
+            for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is glances.get(name)]:
+                layer._forward_pre_hooks.pop(key)
 
     with undoing(undo):
         for name, layer in layers.items():
-            # First among the layer's hooks: another may replace the output.
-            layer.register_forward_hook(hooks[name], with_kwargs=True, prepend=True)
+            if glances:
+                layer.register_forward_pre_hook(glances[name])
+            else:
+                read_the_next_call(layer, name)
         yield
 
 
+def _remove(layer: _BatchNorm, wanted: object) -> None:
+    # By the function, not by its handle: Ctrl-C may come between a registration and the handle's assignment.
+    for key in [key for key, hook in layer._forward_hooks.items() if hook is wanted]:
+        layer._forward_hooks_with_kwargs.pop(key, None)
+        layer._forward_hooks.pop(key)
+
+
 def _hook(
-    name: str, record: Record, by_input: Callable[[str], bool]
+    name: str, record: Record, by_input: Callable[[str], bool], *, once: bool
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert isinstance(layer, _BatchNorm)
+        if once:
+            _remove(layer, hook)
         x = args[0] if args else kwargs.get("input")
         if _in_backward() or not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != layer.num_features:
             return  # repeated by activation checkpointing, or nothing that can be known

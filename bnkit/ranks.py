@@ -56,6 +56,8 @@ def all_gather_object(value: T, process_group: dist.ProcessGroup | None = None) 
 
 def all_gather_numbers(values: Sequence[float], process_group: dist.ProcessGroup | None = None) -> list[list[float]]:
     """Every rank's row of numbers, in the order of the ranks."""
+    if world_size(process_group) == 1:
+        return [[float(value) for value in values]]
     rows = all_gather(torch.tensor(values, dtype=torch.float64), process_group)
     return [row.tolist() for row in rows]
 

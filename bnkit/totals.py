@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ _VAR_AGREEMENT = 5e-7
 _MEAN_AGREEMENT = 1e-4
 # Whether they are of the same values at all.
 _SAME_VAR, _SAME_MEAN = 0.02, 0.02
+# Batches to pool at a time.
+_PARTS = 16
 # They are not even checked for a mean within this many standard deviations of 0, and sums of so few values.
 _NEAR_ZERO = 30
 _SHORT_SUM = 512
@@ -36,19 +39,48 @@ class Totals:
     def __init__(self, layers: Mapping[str, _BatchNorm], ends_forward: bool) -> None:
         self.layers = layers
         self.sources: dict[str, Source] = {}
-        self.pooled = Moments.cat([Moments.empty(layer.num_features) for layer in layers.values()])
-        self.channels = torch.tensor([layer.num_features for layer in layers.values()])
+        self._pooled = Moments.cat([Moments.empty(layer.num_features) for layer in layers.values()])
+        self._channels = torch.tensor([layer.num_features for layer in layers.values()])
         self._readings: dict[str, list[Reading]] = {}
-        self._batch: tuple[Tensor, Tensor] | None = None
+        self._batch: Tensor | None = None
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._shape: tuple[tuple[float, float, float], ...] = ()
+        self._columns = torch.empty(0)
         self._own_is_good: dict[str, bool] = {}
         self._checked: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+        self._left: dict[str, int] = {}
         self._is_batch_norm: dict[str, bool] = {}
         self._ends_forward = ends_forward
         self._clear()
 
+    @property
+    def pooled(self) -> Moments:
+        """All batches so far, layer after layer."""
+        if self._parts:
+            counts, shares, biases = torch.stack([columns for columns, _ in self._parts], dim=1)
+            means, variances = torch.stack([statistics for _, statistics in self._parts], dim=1)
+            self._pooled += Moments.pool_stacked(counts, means, variances.clamp_min(0) * biases, shares)
+            self._parts = []
+        return self._pooled
+
     def wants_input(self, name: str) -> bool:
         """Whether the layer's own statistics are known to be not exact enough."""
         return not self._own_is_good.get(name, True)
+
+    def glance(self, name: str, x: Any) -> bool:
+        """Whether the call to come leaves its statistics in the layer, exact enough, to be fetched when the batch ends.
+
+        That is most of the calls, and nearly all that reading them costs.
+        """
+        if name in self._left:
+            self._fetch(name, copied=True)  # the call to come overwrites them
+        size = self._sizes.get(name)
+        if size is None or not isinstance(x, Tensor) or x.numel() > size:
+            return False
+        self._left[name] = x.numel()
+        self._readings.setdefault(name, [])  # its place in the order of the forward
+        return True
 
     def record(self, name: str, read: Reading, x: Tensor) -> None:
         """Take note of one call of a layer in the current batch."""
@@ -64,6 +96,8 @@ class Totals:
                 read = exact
             if bool(read.mean.isfinite().all()):
                 self._checked[name] = read.values
+                if not (self.wants_input(name) or self._ends_forward) and layer.training and layer.momentum == 1:
+                    self._sizes[name] = x.numel()
         self._readings.setdefault(name, []).append(read)
         if self._ends_forward:
             raise Reached
@@ -86,12 +120,12 @@ class Totals:
     def begin(self) -> None:
         """Start a batch."""
         self._readings = {}
+        self._left = {}
         self._batch = None
 
     def nonfinite(self) -> str | None:
         """The first layer, in the order of the forward, with a statistic of this batch that is not finite."""
-        means, variances = self._gathered()
-        if bool(torch.isfinite(means).all() & torch.isfinite(variances).all()):
+        if bool(self._gathered().isfinite().all()):
             return None
         return next(
             name
@@ -101,15 +135,16 @@ class Totals:
         )
 
     def add(self) -> None:
-        """Add this batch to the totals: one packed transfer, one pooling for all layers."""
+        """Add this batch to the totals."""
+        statistics = self._gathered()
         reads = [self._one(name) for name in self.layers]
-        per_layer = torch.tensor(
-            [(read.values, 1 / read.group_size, read.bias) if read else (0, 0, 1) for read in reads],
-            dtype=torch.float64,
-        )
-        count, share, bias = per_layer.repeat_interleave(self.channels, dim=0).unbind(1)
-        means, variances = self._gathered()
-        self.pooled += Moments(count, means, variances * bias, batches=share)
+        shape = tuple((read.values, 1 / read.group_size, read.bias) if read else (0, 0, 1) for read in reads)
+        if shape != self._shape:  # as a rule it is that of the batch before
+            per_layer = torch.tensor(shape, dtype=torch.float64)
+            self._shape, self._columns = shape, per_layer.repeat_interleave(self._channels, dim=0).T
+        self._parts.append((self._columns, statistics))
+        if len(self._parts) >= _PARTS:
+            _ = self.pooled
 
     def discard(self) -> None:
         """Forget this batch; with momentum 1 a NaN would otherwise stay (0 times NaN is NaN)."""
@@ -120,6 +155,17 @@ class Totals:
             if layer.training and keeps_forward(layer):
                 layer.running_mean.zero_()  # type: ignore[union-attr]
                 layer.running_var.zero_()  # type: ignore[union-attr]
+
+    def _fetch(self, name: str, copied: bool = False) -> None:
+        """Read what the last call of a layer has left in it."""
+        layer = self.layers[name]
+        values = self._left.pop(name) // layer.num_features
+        mean, var = layer.running_mean, layer.running_var
+        assert mean is not None
+        assert var is not None
+        if copied:
+            mean, var = mean.clone(), var.clone()
+        self._readings[name].append(Reading("layer", values, mean, var, 1, 1 - 1 / values))
 
     def _one(self, name: str) -> Reading | None:
         """All calls of a layer in this batch as one reading: they are parts of one batch."""
@@ -135,9 +181,14 @@ class Totals:
             self._readings[name] = [merged]
         return self._readings[name][0]
 
-    def _gathered(self) -> tuple[Tensor, Tensor]:
-        """Means and variances of all layers one after the other, in float64 on the CPU; 0 for a layer not reached."""
+    def _gathered(self) -> Tensor:
+        """Means and variances, shape (2, C), of all layers one after the other; 0 for a layer not reached.
+
+        In float64 on the CPU, by one transfer.
+        """
         if self._batch is None:
+            for name in list(self._left):
+                self._fetch(name)
             pairs = []
             for name, layer in self.layers.items():
                 read = self._one(name)
@@ -149,8 +200,7 @@ class Totals:
             flat = [tensor for pair in zip(*pairs, strict=True) for tensor in pair]
             if len({tensor.device for tensor in flat}) > 1:
                 flat = [tensor.cpu() for tensor in flat]
-            means, variances = torch.cat(flat).cpu().double().chunk(2)
-            self._batch = means, variances.clamp_min(0)
+            self._batch = torch.cat(flat).cpu().double().view(2, -1)
         return self._batch
 
 

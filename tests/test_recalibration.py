@@ -121,6 +121,30 @@ def test_a_shared_layer_pools_all_its_calls():
     assert_population(shared, torch.cat(seen))
 
 
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_calls_may_differ_from_batch_to_batch_in_number_size_and_way(by_keyword):
+    """The first batches tell nothing of the later ones: a layer called once may be called often, or not at all."""
+    calls = [1, 1, 3, 0, 2, 1] * 7
+    batches = [torch.randn(int(n), 2, 3, 3) * 2 + k for k, n in enumerate(torch.randint(2, 9, (len(calls),)))]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.now_and_then = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+
+        def forward(self, x, calls):
+            for k in range(calls):
+                self.now_and_then(**{"input": x + k}) if by_keyword and k % 2 else self.now_and_then(x + k)
+            return self.always(input=x) if by_keyword and calls else self.always(x)
+
+    model = Model()
+    report = bnkit.recalibrate(model, list(zip(batches, calls, strict=True)), forward=lambda m, batch: m(*batch))
+    assert report.batches == len(calls) > 32
+    assert_population(model.always, torch.cat(batches))
+    seen = [x + k for x, number in zip(batches, calls, strict=True) for k in range(number)]
+    assert_population(model.now_and_then, torch.cat(seen))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant):
     class Checkpointed(ConvNet):
