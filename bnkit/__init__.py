@@ -6,6 +6,7 @@ imports torch alone.
 
 from bnkit import norms, shift
 from bnkit.conversion import Conversion
+from bnkit.diagnosis import Finding, diagnose
 from bnkit.moments import Moments
 from bnkit.monitoring import Monitor
 from bnkit.norms import register_adapter
@@ -17,11 +18,13 @@ from bnkit.swapping import revert, swap
 
 __all__ = [
     "Conversion",
+    "Finding",
     "LayerReport",
     "Moments",
     "Monitor",
     "Observation",
     "RecalibrationReport",
+    "diagnose",
     "norms",
     "observe",
     "recalibrate",

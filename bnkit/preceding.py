@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from bnkit.layers import unwrap
+from bnkit.tracing import original, trace
 
 __all__ = ["find_convolutions"]
-
-_OURS = "_bnkit_module"
 
 
 def find_convolutions(
@@ -59,6 +56,8 @@ def find_convolutions(
             source = sources.get(modules[name], set())
             if source and "an argument" not in source:
                 break
+            if source and not part:
+                why = "its input is the model's own"
         else:
             source = set()
         if len(source) == 1 and isinstance(only := next(iter(source)), nn.Module):
@@ -80,22 +79,15 @@ def _parts(name: str) -> Iterator[str]:
         yield name
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm | _ConvNd | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
-
-
 def _sources(part: nn.Module) -> dict[nn.Module, set[nn.Module | str]] | str:
     """For each BatchNorm layer in a traced part, whose output it normalises, or in words what else; or why not."""
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            copy = _without_hooks(part, {})
-            graph = _Tracer().trace(copy)
+        copy, graph = trace(part)
     except Exception as error:
         reason = str(error).strip().splitlines()
         return f"torch.fx cannot trace {type(part).__name__}: {reason[0] if reason else type(error).__name__}"
     module_of = {
-        node: copy.get_submodule(str(node.target)).__dict__[_OURS] for node in graph.nodes if node.op == "call_module"
+        node: original(copy.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module"
     }
     consumers: dict[nn.Module, set[Any]] = {}
     for node, module in module_of.items():
@@ -129,20 +121,3 @@ def _users(node: fx.Node, module_of: dict[fx.Node, nn.Module]) -> Iterator[fx.No
             yield from _users(user, module_of)
         else:
             yield user
-
-
-def _without_hooks(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy with the same parameters, its own buffers and no hooks, each module of which knows its original."""
-    module = unwrap(module)
-    if module not in made:
-        copy = made[module] = module.__class__.__new__(module.__class__)
-        copy.__dict__.update(module.__dict__)
-        for name, value in module.__dict__.items():
-            if name.endswith("_hooks") and isinstance(value, dict):
-                copy.__dict__[name] = OrderedDict()
-        copy.__dict__["_buffers"] = {n: None if b is None else b.detach().clone() for n, b in module._buffers.items()}
-        copy.__dict__["_modules"] = {
-            name: None if child is None else _without_hooks(child, made) for name, child in module._modules.items()
-        }
-        copy.__dict__[_OURS] = module
-    return made[module]

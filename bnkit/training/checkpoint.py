@@ -56,8 +56,8 @@ def recalibrate_checkpoint(cfg: DictConfig) -> Path:
         raise ValueError(f"output={output} is the checkpoint itself, which is never overwritten; name another file.")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output={output} is in a folder that does not exist; make it first.")
-    checkpoint = _load(path)
-    trained = OmegaConf.load(_find_config(path, cfg.config))
+    checkpoint = load_checkpoint(path)
+    trained = OmegaConf.load(find_config(path, cfg.config))
     seed_everything(cfg.seed, workers=True, verbose=False)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     data = cfg.get("data") or trained.data
@@ -68,7 +68,7 @@ def recalibrate_checkpoint(cfg: DictConfig) -> Path:
     datamodule.setup()
     module: nn.Module = instantiate(trained.model, _convert_="all")
     swap_as_saved(module, checkpoint)
-    _fill(module, checkpoint["state_dict"], path)
+    fill(module, checkpoint["state_dict"], path)
     module.to(device).eval()
 
     before = _accuracy(module, datamodule.val_dataloader(), device)
@@ -88,7 +88,7 @@ def recalibrate_checkpoint(cfg: DictConfig) -> Path:
     return output
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load tensors and plain values; a file that wants to run code is refused."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -102,7 +102,7 @@ def _load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _find_config(path: Path, given: str | None) -> Path:
+def find_config(path: Path, given: str | None) -> Path:
     """Return the resolved config of the run that saved the checkpoint ``path``."""
     folder = path.resolve().parent
     candidates = [Path(given)] if given is not None else [folder / CONFIG_NAME, folder.parent / CONFIG_NAME]
@@ -115,7 +115,8 @@ def _find_config(path: Path, given: str | None) -> Path:
     )
 
 
-def _fill(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+def fill(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a checkpoint's weights into the network, or say which of them do not fit."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
