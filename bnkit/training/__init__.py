@@ -1,8 +1,10 @@
 """The reference job: real data, a small network, a LightningModule, and what ``scripts/`` runs."""
 
+from bnkit.training.adaptation import run_adaptation
 from bnkit.training.checkpoint import recalibrate_checkpoint
 from bnkit.training.classifier import ImageClassifier
 from bnkit.training.comparison import Comparison, StatisticsComparison
+from bnkit.training.digit_sources import CroppedMNISTDigits, MNISTDigits
 from bnkit.training.digits import Digits
 from bnkit.training.fashion_mnist import FashionMNIST
 from bnkit.training.faults import DeadLayer, FrozenLayer, NotANumber, ShiftedInputs
@@ -14,6 +16,7 @@ from bnkit.training.study import run_study
 __all__ = [
     "BasicBlock",
     "Comparison",
+    "CroppedMNISTDigits",
     "DeadLayer",
     "Digits",
     "FashionMNIST",
@@ -21,11 +24,13 @@ __all__ = [
     "ImageClassifier",
     "ImageData",
     "ImageDataset",
+    "MNISTDigits",
     "NotANumber",
     "ResNet",
     "ShiftedInputs",
     "StatisticsComparison",
     "recalibrate_checkpoint",
     "run",
+    "run_adaptation",
     "run_study",
 ]

@@ -22,7 +22,8 @@ from torch.utils.data import (
 )
 
 from bnkit.callbacks import BatchNormRecalibration
-from bnkit.callbacks.training_data import TrainingData, _chunks
+from bnkit.callbacks.own_loaders import chunks
+from bnkit.callbacks.training_data import TrainingData
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*log_every_n_steps")
 
@@ -281,7 +282,7 @@ def test_batching_by_the_dataset_itself(tmp_path):
     [(9, False, [4, 5]), (10, False, [4, 4, 2]), (9, True, [4, 4]), (8, True, [4, 4]), (1, False, [1]), (0, False, [])],
 )
 def test_a_lone_last_sample_joins_the_batch_before(length, drop_last, sizes):
-    assert [len(chunk) for chunk in _chunks(list(range(length)), 4, drop_last)] == sizes
+    assert [len(chunk) for chunk in chunks(list(range(length)), 4, drop_last)] == sizes
 
 
 class SavesPerRank(Classifier):
