@@ -36,7 +36,7 @@ def feed(model: nn.Module, batch: Any, index: int, forward: Forward | None) -> N
 
 
 def samples_in(batch: Any) -> int:
-    """Number of samples in a batch, see :func:`known_samples_in`; 1 where it is not known."""
+    """Number of samples in a batch, see ``known_samples_in``; 1 where it is not known."""
     return known_samples_in(batch) or 1
 
 

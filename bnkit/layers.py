@@ -12,10 +12,12 @@ __all__ = ["batch_norm_layers", "keeps_forward", "tracks_statistics", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own model inside DistributedDataParallel, DataParallel and torch.compile's wrapper."""
+    """The user's own model inside the wrappers of DistributedDataParallel, DataParallel, torch.compile and Fabric."""
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
+        elif "_forward_module" in model._modules and "_original_module" in model._modules:  # Lightning Fabric's
+            model = model._modules["_original_module"]  # type: ignore[assignment]
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         else:

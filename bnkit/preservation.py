@@ -93,6 +93,8 @@ def random_states_preserved(model: nn.Module, batches: object = None) -> Iterato
     cuda_states = [(device, torch.cuda.get_rng_state(device)) for device in devices if device.type == "cuda"]
     mps_state = torch.mps.get_rng_state() if any(device.type == "mps" for device in devices) else None
     generators = [(generator, generator.get_state()) for generator in _generators_of(batches)]
+    # Lightning Fabric's loaders shuffle by how often they were iterated.
+    iterations = getattr(batches, "_num_iter_calls", None)
 
     def undo() -> None:
         random.setstate(python_state)
@@ -105,6 +107,8 @@ def random_states_preserved(model: nn.Module, batches: object = None) -> Iterato
             torch.mps.set_rng_state(mps_state)
         for generator, state in generators:
             generator.set_state(state)
+        if isinstance(iterations, int):
+            batches._num_iter_calls = iterations  # type: ignore[attr-defined]
 
     with undoing(undo):
         yield

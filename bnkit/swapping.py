@@ -16,8 +16,7 @@ from bnkit import ranks
 from bnkit.conversion import Conversion, LayerConversion
 from bnkit.layers import batch_norm_layers
 from bnkit.norms import Context, Frozen, NormBatch, Spec, original_class, spec_of, undo
-from bnkit.norms.adapters import kind_of
-from bnkit.norms.spec import RECORD
+from bnkit.norms.spec import RECORD, check_class
 from bnkit.preceding import find_convolutions
 from bnkit.rules import Match, Rules, match, unused
 
@@ -49,10 +48,10 @@ def swap(
     Args:
         model: the model; also wrapped in DistributedDataParallel or compiled.
         rules: one spec of ``bnkit.norms`` for all layers, or a dict from pattern to spec. A pattern is that of
-            :mod:`fnmatch`, case-sensitive, on the layer's qualified name (``"layer4.*"``); the first that matches
+            ``fnmatch``, case-sensitive, on the layer's qualified name (``"layer4.*"``); the first that matches
             wins. None, or no pattern that matches, leaves a layer as it is.
         on_unknown: what to do with a layer that a rule is for but whose class is not torch's own and has no
-            :func:`register_adapter`. "error": refuse, naming all of them; "skip": leave it alone, and say so in the
+            [`bnkit.register_adapter`][]. "error": refuse, naming all of them; "skip": leave it alone, and say so in the
             table.
         dry_run: check everything and change nothing. (For ``Sync`` over sub-groups the groups are made, so every rank
             must take part.)
@@ -73,7 +72,7 @@ def swap(
     Warns:
         UserWarning: for each pattern that no layer falls under.
 
-    Example:
+    Examples:
         >>> import torch, bnkit
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> conversion = bnkit.swap(model, {"1": bnkit.norms.Ghost(16)})
@@ -110,7 +109,7 @@ def swap_layers(
     world_size: int | None = None,
     convolutions: Mapping[str, str] | None = None,
 ) -> Conversion:
-    """As :func:`swap`, by the rule of each layer instead of patterns."""
+    """As [`bnkit.swap`][], by the rule of each layer instead of patterns."""
     check_on_unknown(on_unknown)
     layers = batch_norm_layers(model)
     for name in convolutions or {}:
@@ -119,7 +118,8 @@ def swap_layers(
     asked = {name: rule.spec for name, rule in matches.items() if rule.spec is not None}
     unknown = {name: why for name in asked if (why := why_unknown(layers[name]))}
     if unknown and on_unknown == "error":
-        raise TypeError("\n".join(f"{name}: {why}" for name, why in unknown.items()))
+        names = {why: [name for name in unknown if unknown[name] == why] for why in unknown.values()}
+        raise TypeError("\n".join(f"{', '.join(those)}: {why}" for why, those in names.items()))
     asked = {name: spec for name, spec in asked.items() if name not in unknown}
     context = Context(device_batch, ranks.world_size() if world_size is None else world_size)
     contexts, resolved = _check(model, layers, asked, context, convolutions)
@@ -170,7 +170,7 @@ def revert(model: nn.Module) -> list[str]:
 
 
 def check_on_unknown(on_unknown: str) -> None:
-    """Raise ValueError for another value than those of :func:`swap`."""
+    """Raise ValueError for another value than those of [`bnkit.swap`][]."""
     if on_unknown not in ("error", "skip"):
         raise ValueError(f"on_unknown is 'error' or 'skip', not {on_unknown!r}.")
 
@@ -178,7 +178,7 @@ def check_on_unknown(on_unknown: str) -> None:
 def why_unknown(layer: _BatchNorm) -> str:
     """Why a layer cannot be swapped, whatever the spec; empty where it can."""
     try:
-        kind_of(original_class(layer))
+        check_class(layer)
     except TypeError as error:
         return str(error)
     return ""

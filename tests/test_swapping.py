@@ -531,8 +531,7 @@ def test_torchs_synchronized_layer_is_refused_with_the_cure_or_registered():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(ConvNet())
     with pytest.raises(TypeError, match=r"Sync\(\)") as caught:
         swap(model, Ghost(2))
-    assert "bn1:" in str(caught.value)
-    assert "bn2:" in str(caught.value)
+    assert str(caught.value).startswith("bn1, bn2: ")
     bnkit.register_adapter(nn.SyncBatchNorm, nn.BatchNorm2d)
     try:
         swap(model, Ghost(2))

@@ -55,7 +55,7 @@ class AlarmBell:
         self._last_shift = -TOGETHER - 1
 
     def state(self) -> dict[str, Any]:
-        """Alarms and silences, for a checkpoint; see :meth:`restore`."""
+        """Alarms and silences, for a checkpoint; see ``restore``."""
         return {
             "alarms": [tuple(alarm) for alarm in self.alarms],
             "silent": [(*key, until) for key, until in self._silent_until.items()],
@@ -64,7 +64,7 @@ class AlarmBell:
         }
 
     def restore(self, state: Mapping[str, Any], *, silences: bool = True) -> None:
-        """Go on from a :meth:`state`; without its silences where the layers are others."""
+        """Go on from a ``state``; without its silences where the layers are others."""
         self.alarms[:] = [Alarm(*alarm) for alarm in state["alarms"]]
         if silences:
             self._silent_until = {(code, layer): until for code, layer, until in state["silent"]}

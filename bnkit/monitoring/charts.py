@@ -21,7 +21,7 @@ class ShiftChart:
     The measure (a divergence, > 0) is taken as its logarithm, of which the mean over ``subgroup`` steps in a row is
     compared with such means over the last ``window`` steps, those of the subgroup left out:
 
-    .. math:: t = \frac{y - \bar y}{s \sqrt{1 + q / W}}
+    $$t = \frac{y - \bar y}{s \sqrt{1 + q / W}}$$
 
     against Student's t with W / q - 1 degrees of freedom (W means that overlap count as W / q). The limit is for one
     false alarm in ``1 / rate`` steps over all layers together (Bonferroni's correction). Where the batches' means are
@@ -83,11 +83,11 @@ class ShiftChart:
         return scores
 
     def state(self) -> Tensor:
-        """What it has learnt, for a checkpoint; see :meth:`restore`."""
+        """What it has learnt, for a checkpoint; see ``restore``."""
         return self._past.clone()
 
     def restore(self, state: Tensor) -> None:
-        """Go on from a :meth:`state`; one of other layers or another window is not used."""
+        """Go on from a ``state``; one of other layers or another window is not used."""
         if state.shape == self._past.shape:
             self._past = state.clone()
 
@@ -123,11 +123,11 @@ def staleness(shifts: Tensor, noise_squared: Tensor, rate: float) -> tuple[float
     r"""Whether fixed statistics are off for good, and not by a batch's chance.
 
     With the shifts of n batches, the rms over channels of their mean (the bias b), and the rms of a batch mean's own
-    noise (s): off where b exceeds both s and :math:`t_{n-1}\, s / \sqrt{n}`, as if all channels were one, which errs on
+    noise (s): off where b exceeds both s and $t_{n-1}\, s / \sqrt{n}$, as if all channels were one, which errs on
     the side of silence.
 
     Args:
-        shifts: of n batches the mean shift per channel, (n, C), on the CPU; see :func:`bnkit.shift.mean_shift`.
+        shifts: of n batches the mean shift per channel, (n, C), on the CPU; see [`bnkit.shift.mean_shift`][].
         noise_squared: of each the sampling variance of its mean, from within the batch, (n, C). Not from the scatter of
             the batches: where the weights move, so do their means, and what is stale would excuse itself.
         rate: of false alarms, > 0.

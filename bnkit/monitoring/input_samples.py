@@ -31,7 +31,7 @@ class InputSample(NamedTuple):
             the shift; NaN for a batch of one sample.
         dead: whether the channel is.
         reference: mean and variance that it was compared with, (2, C).
-        at: the step's position, as given to :meth:`InputSampler.open`.
+        at: the step's position, as given to ``InputSampler.open``.
     """
 
     shift: Shift
@@ -42,7 +42,7 @@ class InputSample(NamedTuple):
 
 
 class InputSampler:
-    """Reduces the inputs of layers between :meth:`open` and :meth:`close`, by hooks that are gone afterwards.
+    """Reduces the inputs of layers between ``open`` and ``close``, by hooks that are gone afterwards.
 
     Args:
         layers: by name, each with running statistics to compare with.
@@ -76,7 +76,7 @@ class InputSampler:
         self._hooks.enter_context(reading(self.layers, self._record, by_input=lambda _: True))
 
     def close(self) -> None:
-        """Take the hooks away, and compare what was seen; without :meth:`open` before it, it does nothing."""
+        """Take the hooks away, and compare what was seen; without ``open`` before it, it does nothing."""
         self._hooks.close()
         for name, observed in self._seen.items():
             layer, reference = self.layers[name], self._references[name].to(observed.mean.device)
@@ -102,7 +102,7 @@ class InputSampler:
                 samples[:] = [sample for sample in samples if torch.equal(sample.reference, last)]
 
     def state(self) -> dict[str, list[tuple[Tensor, int]]]:
-        """The samples, for a checkpoint; see :meth:`restore`."""
+        """The samples, for a checkpoint; see ``restore``."""
         return {
             name: [
                 (
@@ -117,7 +117,7 @@ class InputSampler:
         }
 
     def restore(self, state: Mapping[str, Sequence[tuple[Tensor, int]]]) -> None:
-        """Go on from a :meth:`state`, for the layers that are here."""
+        """Go on from a ``state``, for the layers that are here."""
         for name in self.samples:
             self.samples[name] = [
                 InputSample(Shift(rows[0], rows[1]), rows[2], rows[3] > 0, rows[4:], at)
@@ -145,7 +145,7 @@ def nonfinite_since(samples: Mapping[str, Sequence[InputSample]], begin: int) ->
 def stale_statistics(
     samples: Mapping[str, Sequence[InputSample]], rate: float
 ) -> dict[str, tuple[float, float, float]]:
-    """Layers whose running statistics are off for good: layer -> score, bias and noise; see :func:`staleness`."""
+    """Layers whose running statistics are off for good: layer -> score, bias and noise; see ``staleness``."""
     found = {}
     for name, kept in samples.items():
         if kept:

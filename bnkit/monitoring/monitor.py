@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnkit import ranks
 from bnkit.layers import batch_norm_layers
 from bnkit.moments import Moments
+from bnkit.monitoring.after_broadcast import AfterBroadcast
 from bnkit.monitoring.alarms import Alarm
 from bnkit.monitoring.dropout_comparison import compare_variances, dropout_before
 from bnkit.monitoring.input_samples import InputSampler, nonfinite_since
@@ -33,12 +34,13 @@ _CAPACITY = 64
 class Monitor:
     """Watches what every BatchNorm layer normalises in training, against its running statistics and its own past.
 
-    Around each training forward call :meth:`before` and :meth:`after`; every ``every_n_steps`` steps ``after`` returns
-    a :class:`Snapshot`. Between them the device is never waited for: one packed transfer a snapshot. The model is only
-    read, so training is bit-identical to training without it; compiled models are neither broken nor recompiled.
+    Around each training forward call ``before`` and ``after``; every ``every_n_steps`` steps ``after`` returns
+    a [`bnkit.monitoring.Snapshot`][]. Between them the device is never waited for: one packed transfer a snapshot. The
+    model is only read, so training is bit-identical to training without it; compiled models are neither broken nor
+    recompiled.
 
     Batch statistics are recovered from the step that the running statistics take (see
-    :class:`bnkit.monitoring.step_recorder.StepRecorder`). Layers that take none (frozen ones,
+    ``bnkit.monitoring.step_recorder.StepRecorder``). Layers that take none (frozen ones,
     ``track_running_stats=False``) have their input reduced at some steps, by hooks that stand for that step alone. A
     layer called several times in a step is seen as the average of its calls, and its noise is that of the average.
 
@@ -47,6 +49,8 @@ class Monitor:
 
     Args:
         model: the model, or a LightningModule; DistributedDataParallel and torch.compile wrappers are looked through.
+            A DistributedDataParallel wrapper must be given, not the module inside: it replaces the buffers of all ranks
+            but the first as its forward begins. Where parts are compiled too, only rank 0's measures are to be trusted.
         every_n_steps: from one snapshot to the next.
         input_every_n_steps: from one reduction of inputs to the next; None: never, for models with compiled parts.
         false_alarms_per_1000_steps: how many alarms of shifted batch statistics, over all layers, to put up with where
@@ -60,9 +64,9 @@ class Monitor:
 
     Raises:
         TypeError, ValueError: an argument out of its range; a scripted model, lazy layers (see
-            :func:`bnkit.layers.batch_norm_layers`).
+            ``bnkit.layers.batch_norm_layers``).
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
         >>> monitor = Monitor(model, every_n_steps=10)
         >>> for step in range(10):
@@ -95,6 +99,7 @@ class Monitor:
         self.seconds = 0.0
         """CPU time spent here so far."""
         self.layers = batch_norm_layers(model)
+        self._after_broadcast = AfterBroadcast(model)
         self._watch = AlarmWatch(list(self.layers), rate=false_alarms_per_1000_steps / 1000, window=window)
         self._sources: dict[str, str] = {}
         self._groups: list[StepMeasures] = []
@@ -134,8 +139,8 @@ class Monitor:
     def before(self) -> None:
         """To be called before a training step's forward; a second call before the same step replaces the first."""
         began = time.thread_time()
-        for group in self._groups:
-            group.recorder.before()
+        self._look_before()
+        self._after_broadcast.call(self._look_before)
         if self._sampler.layers and self.input_every_n_steps:
             # Four times as often, until there are enough samples of each layer to judge.
             every = self.input_every_n_steps if self._sampler.has_enough else max(1, self.input_every_n_steps // 4)
@@ -154,6 +159,7 @@ class Monitor:
             A snapshot, every ``every_n_steps`` steps.
         """
         began = time.thread_time()
+        self._after_broadcast.close()
         if self._sampler.layers:
             self._sampler.close()
         for group in self._groups:
@@ -211,6 +217,7 @@ class Monitor:
 
     def close(self) -> None:
         """Leave no hook behind; to be called when training ends, however it ends."""
+        self._after_broadcast.close()
         self._sampler.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,7 +234,7 @@ class Monitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; of a model with other layers only the alarms are kept."""
+        """Go on from a ``state_dict``; of a model with other layers only the alarms are kept."""
         same = state["layers"] == list(self.layers)
         self._watch.restore(state["watch"], same_layers=same)
         if not same:
@@ -239,6 +246,10 @@ class Monitor:
             group.carry(state["carried"], state["pending"])
 
     # ------------------------------------------------------------------ how
+
+    def _look_before(self) -> None:
+        for group in self._groups:
+            group.recorder.before()
 
     def _source(self, layer: _BatchNorm) -> str:
         reason = why_not_recorded(layer)
@@ -310,7 +321,7 @@ def check_arguments(
     window: int,
     noise_level: float,
 ) -> None:
-    """Raise a ValueError for an argument of :class:`Monitor` that is out of its range."""
+    """Raise a ValueError for an argument of [`bnkit.Monitor`][] that is out of its range."""
     if not isinstance(every_n_steps, int) or every_n_steps < 1:
         raise ValueError(f"every_n_steps must be a whole number of at least 1, but is {every_n_steps!r}.")
     if input_every_n_steps is not None and not (isinstance(input_every_n_steps, int) and input_every_n_steps >= 1):

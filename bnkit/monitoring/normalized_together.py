@@ -32,7 +32,7 @@ def with_batch_size(
         layer: the layer.
         measures: its measures, with the noise of the mean of all that it has seen in a step.
         batches: samples in this rank's batches; none: not known, and then nothing is told.
-        noise_level: see :class:`bnkit.Monitor`.
+        noise_level: see [`bnkit.Monitor`][].
     """
     if not batches:
         return measures._replace(noise=math.nan) if _parts(layer, 2**30) > 1 else measures

@@ -40,8 +40,8 @@ class LayerMeasures(NamedTuple):
             noise of the batches explains.
         noise: scatter about its drift of the mean that samples are normalised by (a batch's, or a ghost's), rms over
             channels, in running standard deviations.
-        normalization_batch_size: samples to normalise together for a given noise; see :class:`bnkit.Monitor`.
-        dead_fraction: of the channels, see :func:`bnkit.shift.dead_channels`.
+        normalization_batch_size: samples to normalise together for a given noise; see [`bnkit.Monitor`][].
+        dead_fraction: of the channels, see [`bnkit.shift.dead_channels`][].
         weight, bias: root mean square over the channels.
         finite: whether no batch statistic was NaN or infinite; None where not known.
     """
@@ -93,7 +93,7 @@ def from_steps(names: Sequence[str], rows: StepRows, state: LayerState) -> dict[
 
 
 def measure_samples(layer: _BatchNorm, samples: Sequence[InputSample]) -> Tensor:
-    """What :func:`from_samples` wants of a layer, one row on the layer's device; measures of the last sample."""
+    """What ``from_samples`` wants of a layer, one row on the layer's device; measures of the last sample."""
     if not samples:
         return torch.full((len(_OF_SAMPLES),), torch.nan, dtype=torch.float64)
     last = samples[-1].shift
@@ -115,7 +115,7 @@ def measure_samples(layer: _BatchNorm, samples: Sequence[InputSample]) -> Tensor
 
 
 def from_samples(row: Tensor) -> LayerMeasures:
-    """A layer whose input was reduced at some steps; the row of :func:`measure_samples` on the CPU."""
+    """A layer whose input was reduced at some steps; the row of ``measure_samples`` on the CPU."""
     values = dict(zip(_OF_SAMPLES, row.tolist(), strict=True))
     finite = values.pop("finite")
     if math.isnan(finite):

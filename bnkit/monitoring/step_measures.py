@@ -63,7 +63,7 @@ class StepMeasures:
     """Records some layers and measures their steps.
 
     Args:
-        layers: by name, of one device and dtype; see :class:`StepRecorder`.
+        layers: by name, of one device and dtype; see ``StepRecorder``.
         capacity: steps to record at most before they are measured.
     """
 
@@ -101,16 +101,16 @@ class StepMeasures:
         return steps
 
     def carried(self) -> dict[str, Tensor]:
-        """What a later StepMeasures goes on from, by layer: :class:`Carried` as (9, C)."""
+        """What a later StepMeasures goes on from, by layer: ``Carried`` as (9, C)."""
         parts = torch.split(torch.stack(self._carried), self.recorder.channels, dim=1)
         return {name: part.clone() for name, part in zip(self.names, parts, strict=True)}
 
     def pending(self) -> dict[str, Tensor]:
-        """The steps digested since the last result, by layer: :class:`StepRows` as (6, K)."""
+        """The steps digested since the last result, by layer: ``StepRows`` as (6, K)."""
         return {name: part.clone() for name, part in zip(self.names, self._all_rows().unbind(2), strict=True)}
 
     def carry(self, carried: Mapping[str, Tensor], pending: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`carried` and :meth:`pending` gave, for the layers that are in it."""
+        """Go on from what ``carried`` and ``pending`` gave, for the layers that are in it."""
         parts = [
             carried[name].to(part) if name in carried and carried[name].shape == part.shape else part
             for name, part in self.carried().items()
@@ -124,7 +124,7 @@ class StepMeasures:
 
     @torch.no_grad()
     def result(self) -> tuple[Tensor, Tensor]:
-        """Packed :class:`StepRows`, (6, K, L), of all steps digested since the last result, and :class:`LayerState`."""
+        """Packed ``StepRows``, (6, K, L), of all steps digested since the last result, and ``LayerState``."""
         rows = self._all_rows()
         self._rows = []
         return rows, torch.stack(self._state(rows))

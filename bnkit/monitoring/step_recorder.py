@@ -41,8 +41,8 @@ class Steps(NamedTuple):
 class StepRecorder:
     r"""Keeps the running statistics of layers before and after each step, and says later what the steps normalised.
 
-    BatchNorm's update is :math:`R' = (1 - m) R + m B`, so that the batch's statistics B are
-    :math:`(R' - (1 - m) R) / m`; after k calls :math:`(1 - m)^k` stands for :math:`1 - m`, and with ``momentum=None``
+    BatchNorm's update is $R' = (1 - m) R + m B$, so that the batch's statistics B are
+    $(R' - (1 - m) R) / m$; after k calls $(1 - m)^k$ stands for $1 - m$, and with ``momentum=None``
     m is one over the number of calls so far. A step costs a few copies of all buffers at once, whatever the number of
     layers; nothing is hooked, so compiled layers are seen too, and nothing waits for a device.
 
@@ -51,7 +51,7 @@ class StepRecorder:
     one whose momentum changes from step to step is followed.
 
     Args:
-        layers: of one device and one dtype of buffers, for which :func:`why_not_recorded` has no reason.
+        layers: of one device and one dtype of buffers, for which ``why_not_recorded`` has no reason.
         capacity: steps to keep at most; fewer where the layers are large.
     """
 
@@ -88,7 +88,7 @@ class StepRecorder:
 
     @torch.no_grad()
     def after(self) -> bool:
-        """Keep them as the step ends. Returns whether :meth:`take` is due: there is no room for another step."""
+        """Keep them as the step ends. Returns whether ``take`` is due: there is no room for another step."""
         if not self._begun:  # nobody knows what was before: a step without calls, of which nothing is known
             self.before()
         self._begun = False

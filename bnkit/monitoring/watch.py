@@ -87,15 +87,15 @@ class AlarmWatch:
         return tuple(self.alarms[first:])
 
     def dropout(self, shifts: Mapping[str, float], before: Callable[[str], str], step: int, now: int) -> None:
-        """Raise the alarm of dropout that changes the variance that layers meet; see :meth:`AlarmBell.dropout`."""
+        """Raise the alarm of dropout that changes the variance that layers meet; see ``AlarmBell.dropout``."""
         self._bell.dropout(worth_a_word(shifts), before, step, now)
 
     def state(self) -> dict[str, Any]:
-        """What it has learnt, and the alarms, for a checkpoint; see :meth:`restore`."""
+        """What it has learnt, and the alarms, for a checkpoint; see ``restore``."""
         return {"chart": self._chart.state(), "bell": self._bell.state(), "weights": dict(self._weights)}
 
     def restore(self, state: Mapping[str, Any], *, same_layers: bool) -> None:
-        """Go on from a :meth:`state`; of other layers only the alarms are kept."""
+        """Go on from a ``state``; of other layers only the alarms are kept."""
         self._bell.restore(state["bell"], silences=same_layers)
         if same_layers:
             self._chart.restore(state["chart"])

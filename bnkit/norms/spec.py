@@ -11,10 +11,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bnkit.norms.adapters import TORCH, adapted, kind_of
 
-__all__ = ["Context", "Spec", "Swapped", "original_class", "spec_of", "undo"]
+__all__ = ["Context", "Spec", "Swapped", "check_class", "original_class", "spec_of", "undo"]
 
 RECORD = "_bnkit_swapped"
-"""Name of the attribute that holds a swapped module's :class:`Swapped`. Not a part of the state_dict."""
+"""Name of the attribute that holds a swapped module's ``Swapped``. Not a part of the state_dict."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Context:
 
 @dataclass
 class Swapped:
-    """What :func:`undo` needs; a module that is not torch's own any more carries one.
+    """What [`bnkit.norms.undo`][] needs; a module that is not torch's own any more carries one.
 
     Attributes:
         original: the class that the module had.
@@ -71,10 +71,11 @@ class Spec:
         """Refuse a layer that cannot have this spec. Nothing has been changed yet.
 
         Raises:
-            TypeError: for a layer whose class is not known, and for a convolution that cannot be swapped.
+            TypeError: for a layer whose class is not known, and for a convolution that cannot be swapped; see
+                ``check_class``.
             ValueError: for a layer without the running statistics that the spec works by.
         """
-        kind_of(original_class(layer))
+        check_class(layer)
         if self.needs_running_statistics and layer.running_var is None:
             raise ValueError(f"{self} works by running statistics: give the layer track_running_stats=True.")
 
@@ -88,7 +89,8 @@ class Spec:
     def apply(self, layer: _BatchNorm, context: Context | None = None) -> None:
         """Make the layer this variant, in place: its class changes, its parameters, buffers and hooks do not.
 
-        A layer that is a variant already is undone first, so that :func:`undo` always gives the first class back.
+        A layer that is a variant already is undone first, so that [`bnkit.norms.undo`][] always gives the first class
+        back.
 
         Raises:
             TypeError, ValueError: as ``check`` and ``resolve``; the layer is then as it was.
@@ -129,6 +131,22 @@ def undo(module: nn.Module) -> bool:
     return True
 
 
+def check_class(layer: _BatchNorm) -> None:
+    """Refuse a layer that cannot be swapped, whatever the spec.
+
+    Raises:
+        TypeError: for a layer whose class is neither torch's own nor registered, and for one that is parametrized,
+            which has a class of its own by that.
+    """
+    if is_parametrized(layer) and RECORD not in layer.__dict__:
+        names = ", ".join(layer.parametrizations)  # type: ignore[arg-type]
+        raise TypeError(
+            f"the layer is parametrized ({names}), and its class is what computes that: swap it first, and parametrize "
+            "it then, or take the parametrization away by torch.nn.utils.parametrize.remove_parametrizations."
+        )
+    kind_of(original_class(layer))
+
+
 def spec_of(module: nn.Module) -> Spec | None:
     """What the module was swapped by; None for a module that is as its author made it."""
     record: Swapped | None = module.__dict__.get(RECORD)
@@ -136,6 +154,6 @@ def spec_of(module: nn.Module) -> Spec | None:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that :func:`undo` would give back."""
+    """The class that [`bnkit.norms.undo`][] would give back."""
     record: Swapped | None = module.__dict__.get(RECORD)
     return type(module) if record is None else record.original
