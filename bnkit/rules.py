@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -84,11 +85,18 @@ def parse_rules(value: Any) -> dict[str, Spec | None] | None:
     Raises:
         TypeError, ValueError: for anything else.
     """
+    value = _without_omegaconf(value)
     if value is None or (isinstance(value, str) and value.strip() in ("None", "null")):
         return None
     if isinstance(value, Mapping) and not _is_spec(value):
         return as_patterns({pattern: _parse_spec(spec) for pattern, spec in value.items()})
     return as_patterns(_parse_spec(value))
+
+
+def _without_omegaconf(value: Any) -> Any:
+    """Hydra builds a dict, without ``_convert_``, as one of its own kind, in which a spec is a config of its fields."""
+    omegaconf: Any = sys.modules.get("omegaconf")  # where it was not imported, nothing is of its making
+    return omegaconf.OmegaConf.to_object(value) if omegaconf and omegaconf.OmegaConf.is_config(value) else value
 
 
 def _is_spec(value: Mapping[Any, Any]) -> bool:

@@ -1,1 +1,5 @@
 """The configs of bnkit: groups for any Hydra app under ``bnkit/``, and the reference job's own."""
+
+from bnkit.resolvers import register
+
+register()

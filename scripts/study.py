@@ -2,10 +2,12 @@
 
 Usage::
 
-    python scripts/study.py                          # goes on where it was stopped
-    python scripts/study.py seeds=[0] & python scripts/study.py seeds=[1]    # two processes share one study
-    python scripts/study.py only=[ghost,renorm] batch_sizes=[4]
-    python scripts/study.py --help                   # the methods and every value
+    bnkit-study                          # goes on where it was stopped
+    bnkit-study seeds=[0] & bnkit-study seeds=[1]    # two processes share one study
+    bnkit-study only=[Ghost,Renorm] batch_sizes=[4]
+    bnkit-study --help                   # the methods and every value
+
+Or ``python scripts/study.py``, which needs no installed command.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from bnkit.training import run_study
-
 
 @hydra.main(version_base="1.3", config_path="pkg://bnkit.conf", config_name="study")
 def main(cfg: DictConfig) -> None:
     """Run what has no result yet, and print the table."""
+    from bnkit.training import run_study  # only now: --help need not wait for Lightning
+
     run_study(cfg)
 
 

@@ -54,17 +54,17 @@ class BatchNormRecalibration(Callback):
             augmentation. It is rebuilt as the training loader would be; under DDP every rank takes its share.
         forward: how to run the module on a batch; default: its ``forward`` on a tensor, the first item of a tuple or
             list, or a dict as keyword arguments.
-        max_samples, tolerance, prior_samples, consistency, on_nonfinite, progress: see :func:`bnkit.recalibrate`.
+        max_samples, tolerance, prior_samples, consistency, on_nonfinite, progress: see [`bnkit.recalibrate`][].
 
     Attributes:
-        report: the :class:`bnkit.RecalibrationReport` of the last recalibration; None before the first.
+        report: the [`bnkit.RecalibrationReport`][] of the last recalibration; None before the first.
 
     Raises:
         ValueError: an argument out of its range.
         MisconfigurationException: in fit, with a strategy that shards parameters (FSDP, DeepSpeed, model parallel), or
             training data that is no DataLoader and cannot be read without disturbing training.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[BatchNormRecalibration(max_samples=20_000)], logger=False)
     """

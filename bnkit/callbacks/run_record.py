@@ -183,7 +183,7 @@ class RunRecord:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; after :meth:`start`."""
+        """Go on from a ``state_dict``; after ``start``."""
         self._recorder.load_state_dict(state["metrics"])
         for name, rows in state["tables"].items():
             self.history.tables[name].rows = [tuple(row) for row in rows]

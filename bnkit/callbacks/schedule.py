@@ -20,8 +20,8 @@ warn = functools.partial(rank_zero_warn, stacklevel=10)
 Key = int | float
 """When rules begin: an epoch, or a fraction of all epochs; 0 is the start."""
 
-RulesConfig = Spec | str | Mapping[str, Spec | str | Mapping[str, Any] | None] | Mapping[str, Any] | None
-"""Rules, or what a config file says instead."""
+RulesConfig = Spec | str | Mapping[str, Spec | str | None] | None
+"""Rules, or what a config file says instead. LightningCLI checks a config by this type; it builds the specs itself."""
 
 
 class Schedule:

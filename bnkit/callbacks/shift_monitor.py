@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from bnkit.feeding import Forward, known_samples_in
 from bnkit.layers import batch_norm_layers
 from bnkit.monitoring import Monitor, check_arguments
 from bnkit.monitoring.snapshot import Snapshot
-from bnkit.probes import Loss
 
 __all__ = ["ActivationShiftMonitor"]
 
@@ -35,9 +35,9 @@ class ActivationShiftMonitor(Callback):
 
     Three questions are kept apart: *noise* (this batch against the running statistics), *drift* (where the activations
     are going: a fast against a slow average) and *estimation shift* (running statistics against the population, known
-    after each recalibration by :class:`BatchNormRecalibration`). Each layer is compared with its own past, and an alarm
-    names layer, cause and cure. Training is bit-identical to training without the callback. What cannot be known of a
-    layer is reported as unknown. See :class:`bnkit.Monitor` for how, and :mod:`bnkit.dashboard.keys` for what is
+    after each recalibration by [`bnkit.callbacks.BatchNormRecalibration`][]). Each layer is compared with its own past,
+    and an alarm names layer, cause and cure. Training is bit-identical to training without the callback. What cannot be
+    known of a layer is reported as unknown. See [`bnkit.Monitor`][] for how, and [`bnkit.dashboard.keys`][] for what is
     logged: ``bn/…`` for the model and ``bn_shift/<layer>`` and so on for each layer, of the worst layers alone where
     there are more than 100.
 
@@ -55,7 +55,7 @@ class ActivationShiftMonitor(Callback):
         covariate_shift_every_n_steps: measure the internal covariate shift (Santurkar et al. 2018) of up to eight
             layers every n optimizer steps, at the price of up to nine backward passes; 0: never.
         input_every_n_steps: reduce the input of layers that compute no batch statistics (frozen ones) every n batches.
-        false_alarms_per_1000_steps, window, noise_level, across_ranks: see :class:`bnkit.Monitor`.
+        false_alarms_per_1000_steps, window, noise_level, across_ranks: see [`bnkit.Monitor`][].
         forward: how to run the module on a batch, for the gap and the covariate shift; default: its ``forward`` on a
             tensor, the first item of a tuple or list, or a dict as keyword arguments.
         loss: a function of output and batch, for both; default: cross-entropy or mean squared error where the second
@@ -64,14 +64,14 @@ class ActivationShiftMonitor(Callback):
         report_dir: where to; default: the directory of the trainer's first logger, and no page where there is none.
 
     Attributes:
-        monitor: the :class:`bnkit.Monitor`, during and after fit.
-        snapshot: the last :class:`bnkit.monitoring.snapshot.Snapshot`; None before the first.
+        monitor: the [`bnkit.Monitor`][], during and after fit.
+        snapshot: the last [`bnkit.monitoring.Snapshot`][]; None before the first.
 
     Raises:
         ValueError: an argument out of its range.
         MisconfigurationException: in fit, with a strategy that shards parameters (FSDP, DeepSpeed, model parallel).
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[ActivationShiftMonitor()], logger=False)
     """
@@ -88,7 +88,7 @@ class ActivationShiftMonitor(Callback):
         noise_level: float = 0.1,
         across_ranks: bool = False,
         forward: Forward | None = None,
-        loss: Loss | None = None,
+        loss: Callable[[Any, Any], Any] | None = None,  # not Tensor: LightningCLI would ask for the annotation
         report: bool = True,
         report_dir: str | Path | None = None,
     ) -> None:

@@ -44,7 +44,7 @@ class ShiftProbes:
     Args:
         gap_every_n_steps: batches from one gap to the next; 0: never.
         covariate_shift_every_n_steps: optimizer steps from one covariate shift to the next; 0: never.
-        forward, loss: see :func:`bnkit.probes.train_eval_gap`.
+        forward, loss: see [`bnkit.probes.train_eval_gap`][].
     """
 
     def __init__(

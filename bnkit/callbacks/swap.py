@@ -32,7 +32,7 @@ _BUILDING = ("configure_model", "configure_sharded_model", "setup")
 
 
 class BatchNormSwap(Callback):
-    """Swaps the module's BatchNorm layers by :func:`bnkit.swap`, at setup and, with a schedule, during training.
+    """Swaps the module's BatchNorm layers by [`bnkit.swap`][], at setup and, with a schedule, during training.
 
     The layers are swapped as soon as the module is built (in ``__init__``, ``setup`` or ``configure_model``), before a
     checkpoint is loaded, DistributedDataParallel wraps the module and the optimizers see its parameters. Scheduled
@@ -51,10 +51,10 @@ class BatchNormSwap(Callback):
     rank 0.)
 
     After a fit by ``ddp_spawn`` or ``ddp_fork`` the module in the main process has the trained weights and the classes
-    from before: swap it by :func:`bnkit.swap` where its variant changes inference.
+    from before: swap it by [`bnkit.swap`][] where its variant changes inference.
 
     Args:
-        rules: a spec of ``bnkit.norms``, or a dict from pattern to spec or None, as for :func:`bnkit.swap`; None swaps
+        rules: a spec of ``bnkit.norms``, or a dict from pattern to spec or None, as for [`bnkit.swap`][]; None swaps
             nothing at setup. From a config file also a string (``"Ghost(16)"``) or a dict with ``_target_`` or
             ``class_path``.
         schedule: rules by when they begin: an int is an epoch, from 1; a float between 0 and 1 is that fraction of
@@ -62,10 +62,10 @@ class BatchNormSwap(Callback):
             BatchNorm again.
         on_unknown: what to do with layers of unknown classes: "error" or "skip".
         device_batch: samples in one device's training batch, for ``NormBatch``; None: the training loader's.
-        convolutions: see :func:`bnkit.swap`.
+        convolutions: see [`bnkit.swap`][].
 
     Attributes:
-        conversion: the :class:`bnkit.Conversion` of the last swap; None before the first.
+        conversion: the [`bnkit.Conversion`][] of the last swap; None before the first.
 
     Raises:
         ValueError, TypeError: an argument that is none of these; in setup, layers that cannot be swapped.
@@ -73,7 +73,7 @@ class BatchNormSwap(Callback):
             DeepSpeed, model parallel); where the device's batch is needed and cannot be known; and where a schedule
             needs more of DistributedDataParallel than it can.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from bnkit.norms import Frozen, Ghost
         >>> swap = BatchNormSwap(Ghost(16), schedule={0.8: Frozen()})

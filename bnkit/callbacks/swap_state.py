@@ -18,7 +18,7 @@ from bnkit.swapping import swap
 __all__ = ["describe_difference", "layer_states", "load_layer_states", "swap_as_saved"]
 
 _REMEMBERED = ("step", "averages")
-"""What layers remember outside the state_dict: see :mod:`bnkit.norms`."""
+"""What layers remember outside the state_dict: see [`bnkit.norms`][]."""
 
 
 def layer_states(layers: Mapping[str, _BatchNorm]) -> dict[str, dict[str, Any]]:

@@ -30,12 +30,12 @@ class Comparison(NamedTuple):
 class StatisticsComparison(Callback):
     """Validates every batch a second time, by the statistics that recalibration has just replaced.
 
-    Logs ``val/accuracy_running_average`` beside the module's ``val/accuracy``, keeps one :class:`Comparison` for each
-    validation in :attr:`rows`, prints it, and prints all as a table at the end of fit. It changes nothing: weights,
+    Logs ``val/accuracy_running_average`` beside the module's ``val/accuracy``, keeps one ``Comparison`` for each
+    validation in ``rows``, prints it, and prints all as a table at the end of fit. It changes nothing: weights,
     statistics and random streams after a fit are those of a fit without it. It costs one more forward of the validation
     images.
 
-    Without a :class:`bnkit.callbacks.BatchNormRecalibration` among the trainer's callbacks it says so and does nothing.
+    Without a [`bnkit.callbacks.BatchNormRecalibration`][] among the trainer's callbacks it says so and does nothing.
     A validation before which nothing was recalibrated has no row.
 
     Args:

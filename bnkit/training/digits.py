@@ -26,7 +26,7 @@ class Digits(ImageData):
 
     Source:
         Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998: the
-        test part, which :func:`sklearn.datasets.load_digits` copies.
+        test part, which ``sklearn.datasets.load_digits`` copies.
     """
 
     num_classes: ClassVar[int] = 10

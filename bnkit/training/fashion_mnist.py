@@ -41,8 +41,8 @@ class FashionMNIST(ImageData):
         num_workers: Worker processes a loader.
 
     Raises:
-        FileNotFoundError: In :meth:`prepare_data`, when files are missing and ``download`` is false.
-        ConnectionError: In :meth:`prepare_data`, when a download fails.
+        FileNotFoundError: In ``prepare_data``, when files are missing and ``download`` is false.
+        ConnectionError: In ``prepare_data``, when a download fails.
         ValueError: When a file's content is not Fashion-MNIST's.
 
     Source:

@@ -41,7 +41,7 @@ class ImageDataset(Dataset[Batch]):
 
 
 def _as_fetched(batch: Any) -> Any:
-    """Collate nothing: :meth:`ImageDataset.__getitems__` returns whole batches."""
+    """Collate nothing: ``ImageDataset.__getitems__`` returns whole batches."""
     return batch
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
-from datetime import datetime
 
-import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
-from omegaconf import OmegaConf
 
-__all__ = ["forget_loky", "forget_the_last_port", "is_multirun", "refuse_processes_that_repeat_the_sweep", "started"]
+__all__ = ["forget_loky", "forget_the_last_port", "is_multirun", "refuse_processes_that_repeat_the_sweep"]
 
 
 def is_multirun() -> bool:
@@ -53,27 +49,3 @@ def forget_the_last_port(trainer: Trainer) -> None:
     """
     if is_multirun() and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         os.environ.pop("MASTER_PORT", None)
-
-
-@functools.cache
-def started() -> str:
-    """When the job began, for the name of its directory: the same text in all processes that torchrun or SLURM started.
-
-    In a config, ``${bnkit.started:}``. Each process by itself would take its own clock's second.
-    """
-    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        return f"slurm_{os.environ['SLURM_JOB_ID']}"
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return now
-    # The store through which torchrun's agent lets the processes find each other is there before any of them.
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
-    key = f"bnkit/started/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if os.environ["RANK"] == "0":
-        store.set(key, now)
-    return str(store.get(key).decode())
-
-
-if not OmegaConf.has_resolver("bnkit.started"):
-    # Kept with the config, which goes to the processes of joblib and submitit: they are in the sweep's directory too.
-    OmegaConf.register_new_resolver("bnkit.started", started, use_cache=True)

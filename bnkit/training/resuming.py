@@ -61,7 +61,7 @@ class RandomStates(Callback):
 class MetricsSoFar(Callback):
     """Keeps the metrics logged so far in the checkpoint, for a job that is stopped between its last one and its result.
 
-    :func:`bnkit.training.run_directory.metrics_so_far` reads them.
+    ``bnkit.training.run_directory.metrics_so_far`` reads them.
     """
 
     def on_save_checkpoint(

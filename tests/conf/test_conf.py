@@ -17,8 +17,9 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import bnkit
+from bnkit import callbacks, norms
 from bnkit.callbacks import ActivationShiftMonitor, BatchNormRecalibration, BatchNormSwap
-from bnkit.norms import Ghost
+from bnkit.norms import Frozen, Ghost, Renorm, Spec
 
 CONF = Path(str(files("bnkit.conf")))
 JOB_GROUPS = (
@@ -53,6 +54,9 @@ SPECS = {
     "renorm": ["Renorm"],
     "sync": ["Sync"],
 }
+CALLBACKS = sorted(path.stem for path in (CONF / "bnkit" / "callback").glob("*.yaml"))
+NORMS = sorted(path.stem for path in (CONF / "bnkit" / "norm").glob("*.yaml"))
+PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml"))
 OPTIONS = [(group, path.stem) for group in JOB_GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
@@ -64,7 +68,7 @@ def composed(name: str, *overrides: str) -> DictConfig:
 def targets(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every ``_target_`` below ``node`` and the arguments that it gets."""
     if isinstance(node, dict):
-        if "_target_" in node:
+        if node.get("_target_") is not None:
             yield node["_target_"], {key: value for key, value in node.items() if not key.startswith("_")}
         for value in node.values():
             yield from targets(value)
@@ -73,8 +77,8 @@ def targets(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from targets(value)
 
 
-def check_targets(cfg: DictConfig) -> None:
-    for target, arguments in targets(OmegaConf.to_container(cfg, resolve=True)):
+def check_targets(cfg: DictConfig, *, resolve: bool = True) -> None:
+    for target, arguments in targets(OmegaConf.to_container(cfg, resolve=resolve)):
         signature = inspect.signature(get_object(target))
         signature.bind_partial(**arguments)  # raises where an argument is misspelt
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
@@ -84,7 +88,12 @@ def check_targets(cfg: DictConfig) -> None:
 
 def test_every_folder_of_the_job_is_tested_here():
     folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
-    assert folders == {".", "bnkit/callback", "bnkit/swap", *JOB_GROUPS}
+    assert folders == {".", "bench", "bnkit/callback", "bnkit/norm", "bnkit/swap", "hydra/help", *JOB_GROUPS}
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "bench").glob("*.yaml")))
+def test_every_benchmark_composes_by_its_name(option):
+    assert composed("benchmark", f"bench={option}").bench == option
 
 
 def require(option: str) -> None:
@@ -136,15 +145,28 @@ def test_the_defaults_are_what_the_readme_promises(tmp_path):
     assert cfg.logger.wandb.save_dir == str(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("option", "callback"), [("recalibrate", BatchNormRecalibration), ("shift_monitor", ActivationShiftMonitor)]
-)
-def test_the_callback_config_has_every_knob_at_its_default(option, callback):
+def test_each_callback_and_each_spec_has_a_config():
+    named = {OmegaConf.load(CONF / "bnkit" / "callback" / f"{option}.yaml")["_target_"] for option in CALLBACKS}
+    assert named == {f"bnkit.callbacks.{name}" for name in callbacks.__all__}
+    named = {OmegaConf.load(CONF / "bnkit" / "norm" / f"{option}.yaml")["_target_"] for option in NORMS}
+    specs = [name for name in norms.__all__ if isinstance(vars(norms)[name], type)]
+    assert named == {f"bnkit.norms.{name}" for name in specs if issubclass(vars(norms)[name], Spec) and name != "Spec"}
+
+
+@pytest.mark.parametrize("option", CALLBACKS)
+def test_the_callback_config_has_every_knob_at_its_default(option):
     cfg = OmegaConf.load(CONF / "bnkit" / "callback" / f"{option}.yaml")
-    parameters = inspect.signature(callback).parameters
+    parameters = inspect.signature(get_object(cfg["_target_"])).parameters
     assert {key: value for key, value in cfg.items() if key != "_target_"} == {
         name: parameter.default for name, parameter in parameters.items()
     }
+
+
+@pytest.mark.parametrize("option", NORMS)
+def test_the_config_of_a_spec_has_every_knob(option):
+    cfg = OmegaConf.load(CONF / "bnkit" / "norm" / f"{option}.yaml")
+    spec = instantiate(cfg)
+    assert set(cfg) == {"_target_", *(field.name for field in dataclasses.fields(spec))}
 
 
 def test_the_recalibration_script_has_every_knob_at_its_default():
@@ -160,7 +182,7 @@ def test_every_knob_of_a_group_for_others_has_a_comment(path):
     lines = [line.strip() for line in path.read_text().splitlines()]
     assert lines[0].startswith("# ")
     for before, line in pairwise(lines):
-        if not line.startswith(("#", "_target_")):
+        if not line.startswith(("#", "_target_", "defaults:", "- /bnkit/", "- _self_")):
             assert before.startswith("# "), f"{path.name}: {line}"
 
 
@@ -183,58 +205,92 @@ def test_the_job_swaps_nothing_by_itself():
     assert set(SPECS) == set(SWAPS)
 
 
-def test_another_app_composes_a_swap_by_two_lines(tmp_path):
-    (tmp_path / "app.yaml").write_text(
-        "defaults:\n"
-        "  - /bnkit/swap@callbacks.mine: ghost\n"
-        "  - _self_\n"
-        "hydra:\n"
-        "  searchpath: [pkg://bnkit.conf]\n"
-        "callbacks:\n"
-        "  mine:\n"
-        "    rules:\n"
-        "      size: 5\n"
+def another_app(folder: Path, *defaults: str, overrides: tuple[str, ...] = (), values: str = "") -> DictConfig:
+    """The config of an app that adds these lines to its defaults list and bnkit's configs to its search path."""
+    lines = "".join(f"  - {line}\n" for line in defaults)
+    (folder / "app.yaml").write_text(
+        f"defaults:\n{lines}  - _self_\nhydra:\n  searchpath: [pkg://bnkit.conf]\n{values}"
     )
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        cfg = compose("app")
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        return compose("app", overrides=list(overrides))
+
+
+def rules_of(node: DictConfig) -> dict[str, Any]:
+    """By when they begin; built as other people's projects build their callbacks, without ``_convert_``."""
+    return instantiate(node).schedule._stages
+
+
+def test_another_app_composes_a_swap_by_two_lines(tmp_path):
+    values = "callbacks:\n  mine:\n    rules:\n      size: 5\n"
+    cfg = another_app(tmp_path, "/bnkit/swap@callbacks.mine: ghost", values=values)
     assert list(cfg.callbacks) == ["mine"]
-    assert list(instantiate(cfg.callbacks.mine).schedule.specs()) == [Ghost(5)]
+    assert rules_of(cfg.callbacks.mine) == {0: {"*": Ghost(5)}}
+
+
+def test_another_app_composes_the_callback_and_what_normalises_instead(tmp_path):
+    lines = ("/bnkit/callback@callbacks.swap: swap", "/bnkit/norm@callbacks.swap.rules: ghost")
+    cfg = another_app(tmp_path, *lines, overrides=("callbacks.swap.rules.size=4",))
+    assert rules_of(cfg.callbacks.swap) == {0: {"*": Ghost(4)}}
+    cfg = another_app(tmp_path, *lines, overrides=("bnkit/norm@callbacks.swap.rules=renorm",))
+    assert rules_of(cfg.callbacks.swap) == {0: {"*": Renorm()}}
+
+
+def test_rules_by_pattern_and_schedules_are_built_without_converting_them_first(tmp_path):
+    lines = ("/bnkit/callback@callbacks.swap: swap", "/bnkit/norm@late: frozen")
+    values = (
+        "callbacks:\n"
+        "  swap:\n"
+        "    rules: {stem.*: null, net.bn1: {_target_: bnkit.norms.Ghost, size: 3}, '*': Renorm(2.0)}\n"
+        "    schedule: {2: '${late}', 0.5: null}\n"
+    )
+    cfg = another_app(tmp_path, *lines, values=values)
+    first = {"stem.*": None, "net.bn1": Ghost(3), "*": Renorm(2.0)}
+    assert rules_of(cfg.callbacks.swap) == {0: first, 2: {"*": Frozen()}, 0.5: None}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("swap=ghost", "callbacks.swap.rules.size=4"), {0: {"*": Ghost(4)}}),
+        (("swap=ghost", "callbacks.swap.rules=Frozen"), {0: {"*": Frozen()}}),
+        (("swap=ghost", "callbacks.swap.schedule={3: Frozen}"), {0: {"*": Ghost(8)}, 3: {"*": Frozen()}}),
+        (("swap=none", "callbacks.swap.schedule={0.5: Frozen}"), {0: {}, 0.5: {"*": Frozen()}}),
+        (("swap=frozen",), {0: {}, 0.75: {"*": Frozen()}}),
+    ],
+)
+def test_a_swap_is_overridden_from_the_command_line(overrides, expected):
+    assert rules_of(composed("train", *overrides, "run_dir=run").callbacks.swap) == expected
 
 
 def test_another_app_composes_the_callback_by_two_lines(tmp_path):
-    (tmp_path / "app.yaml").write_text(
-        "defaults:\n"
-        "  - /bnkit/callback@callbacks.recalibration: recalibrate\n"
-        "  - _self_\n"
-        "hydra:\n"
-        "  searchpath: [pkg://bnkit.conf]\n"
-        "callbacks:\n"
-        "  recalibration:\n"
-        "    every_n_epochs: 3\n"
-    )
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        cfg = compose("app")
+    values = "callbacks:\n  recalibration:\n    every_n_epochs: 3\n"
+    cfg = another_app(tmp_path, "/bnkit/callback@callbacks.recalibration: recalibrate", values=values)
     callback = instantiate(cfg.callbacks.recalibration)
     assert isinstance(callback, BatchNormRecalibration)
     assert callback.every_n_epochs == 3
 
 
 def test_another_app_composes_the_monitor_by_two_lines(tmp_path):
-    (tmp_path / "app.yaml").write_text(
-        "defaults:\n"
-        "  - /bnkit/callback@callbacks.mine: shift_monitor\n"
-        "  - _self_\n"
-        "hydra:\n"
-        "  searchpath: [pkg://bnkit.conf]\n"
-        "callbacks:\n"
-        "  mine:\n"
-        "    every_n_steps: 3\n"
-    )
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        cfg = compose("app")
+    values = "callbacks:\n  mine:\n    every_n_steps: 3\n"
+    cfg = another_app(tmp_path, "/bnkit/callback@callbacks.mine: monitor", values=values)
     callback = instantiate(cfg.callbacks.mine)
     assert isinstance(callback, ActivationShiftMonitor)
     assert callback._options["every_n_steps"] == 3
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_each_script_names_what_exists(name):
+    check_targets(composed(name), resolve=False)
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_each_script_has_its_config_and_help_of_its_own(name):
+    assert (Path(__file__).parents[2] / "scripts" / f"{name}.py").is_file()
+    with initialize_config_module("bnkit.conf", version_base="1.3"):
+        shown = compose(name, return_hydra_config=True, overrides=["hydra.job.name=x"]).hydra
+    assert shown.runtime.choices["hydra/help"] in ("bnkit", "bnkit_values")
+    assert "powered by Hydra" not in shown.help.header
+    assert shown.help.header.count(f"\n  {shown.help.app_name}") >= 2, "examples"
 
 
 def test_the_job_writes_its_page_into_the_run_directory(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bnkit.dashboard import sources
-from bnkit.training.launching import started
+from bnkit.resolvers import started
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SHORT = (
