@@ -39,7 +39,7 @@ class LayerConversion:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of :func:`bnkit.swap`.
+    """The result of [`bnkit.swap`][].
 
     Attributes:
         layers: every BatchNorm layer of the model, by qualified name, in the model's order.
@@ -53,7 +53,7 @@ class Conversion:
     _modules: dict[str, _BatchNorm] = field(repr=False, compare=False)
 
     def revert(self) -> list[str]:
-        """Give the layers that this swap was for their original classes back, as :func:`bnkit.revert` does.
+        """Give the layers that this swap was for their original classes back, as [`bnkit.revert`][] does.
 
         A layer that was a variant before the swap becomes what it was before its first swap. After a dry run there is
         nothing to revert.

@@ -45,7 +45,7 @@ def recalibrate(
 
     Training leaves a moving average of the statistics of weights long gone, each of one small batch. This goes over
     data with the weights as they are and pools what every layer normalises by the law of total variance
-    (:class:`bnkit.Moments`). With ``consistency="batch"`` it is PreciseBN (Wu & Johnson 2021, "Rethinking 'Batch' in
+    ([`bnkit.Moments`][]). With ``consistency="batch"`` it is PreciseBN (Wu & Johnson 2021, "Rethinking 'Batch' in
     BatchNorm", section 3), with the variance between batches kept, which averaging batch variances drops. The running
     variance becomes the population's (biased) variance.
 
@@ -64,7 +64,8 @@ def recalibrate(
 
     Args:
         model: any module with layers of the ``torch.nn.BatchNorm*`` family; wrappers (DistributedDataParallel,
-            torch.compile) are looked through.
+            torch.compile, Lightning Fabric's) are looked through, so under mixed precision this is to be called inside
+            ``torch.autocast`` or ``fabric.autocast()``.
         batches: an iterable of batches, such as a DataLoader of the training data.
         forward: how to run the model on a batch. Default: a tensor, the first item of a tuple or list, or a dict as
             keyword arguments, moved to the model's device.
@@ -74,8 +75,10 @@ def recalibrate(
             deviation: 0.01 means 1 %. The spread of the batch means tells the standard error, so at least four batches
             are used, and they should come in random order. ``report.samples`` says how many samples it took.
         prior_samples: how many samples the statistics already in the model are worth: with N of these and n seen, the
-            result is :math:`\frac{N}{N+n} s_{old} + \frac{n}{N+n} s_{seen}` for mean and variance alike (Schneider et
+            result is $\frac{N}{N+n} s_{old} + \frac{n}{N+n} s_{seen}$ for mean and variance alike (Schneider et
             al. 2020, "Improving robustness against common corruptions by covariate shift adaptation", equation 2).
+            Where the data are shifted, take ``consistency="population"`` with it: in a single pass no layer meets the
+            mixed statistics of those before it.
         consistency: what the layers upstream normalise by while a layer is calibrated. ``"batch"``: by their batches,
             as in training; one pass over the data. ``"population"``: by their final statistics, as at inference; one
             pass a layer, in the order in which the forward reaches them, each running the model only up to that layer
@@ -92,7 +95,7 @@ def recalibrate(
         progress: show a progress bar (on rank 0).
 
     Returns:
-        What was found; see :class:`RecalibrationReport`.
+        What was found; see [`bnkit.RecalibrationReport`][].
 
     Raises:
         ValueError: an argument out of its range, no BatchNorm layers, no data, a batch that leaves a layer one value
@@ -230,7 +233,7 @@ def _layer_report(
 def check_arguments(
     max_samples: int | None, tolerance: float | None, prior_samples: float, consistency: str, on_nonfinite: str
 ) -> None:
-    """Raise a ValueError for an argument of :func:`recalibrate` that is out of its range."""
+    """Raise a ValueError for an argument of [`bnkit.recalibrate`][] that is out of its range."""
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, or None for all, but is {max_samples!r}.")
     if tolerance is not None and not 0 < tolerance < math.inf:

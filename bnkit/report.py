@@ -45,7 +45,7 @@ class Worst(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RecalibrationReport:
-    """The result of :func:`bnkit.recalibrate`.
+    """The result of [`bnkit.recalibrate`][].
 
     Attributes:
         samples: samples that went through the model, over all ranks.
@@ -56,7 +56,7 @@ class RecalibrationReport:
         layers: the recalibrated layers by name.
         kept: the layers that were left as they were: name -> why.
         before: running statistics (mean, variance) of the recalibrated layers before; see
-            :func:`bnkit.running_statistics`.
+            [`bnkit.running_statistics`][].
     """
 
     samples: int
@@ -70,7 +70,7 @@ class RecalibrationReport:
 
     @property
     def median_shift(self) -> float:
-        """Median over the layers of :attr:`LayerReport.shift`; NaN where no layer was recalibrated."""
+        """Median over the layers of [`bnkit.LayerReport.shift`][]; NaN where no layer was recalibrated."""
         return statistics.median(layer.shift for layer in self.layers.values()) if self.layers else float("nan")
 
     @property

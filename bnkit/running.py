@@ -69,7 +69,7 @@ def running_statistics(model: nn.Module, statistics: Statistics) -> Iterator[Non
         statistics: such as ``report.before`` of a recalibration, to evaluate by what the model had before it.
 
     Raises:
-        KeyError, ValueError: as :func:`write_statistics`.
+        KeyError, ValueError: as ``write_statistics``.
     """
     kept = {name: pair for name, pair in read_statistics(model).items() if name in statistics}
     with undoing(lambda: write_statistics(model, kept)):

@@ -1,11 +1,12 @@
 r"""The measures of activation shift, as plain functions of two Moments.
 
-Per channel, with mean :math:`\mu` and biased variance :math:`\sigma^2` of what was observed and of a reference, such as
-the running statistics, and BatchNorm's :math:`\epsilon`:
+Per channel, with mean $\mu$ and biased variance $\sigma^2$ of what was observed and of a reference, such as
+the running statistics, and BatchNorm's $\epsilon$:
 
-.. math::
-    z = \frac{\mu_o - \mu_r}{\sqrt{\sigma_r^2 + \epsilon}}, \qquad
-    r = \frac{\sigma_o^2 + \epsilon}{\sigma_r^2 + \epsilon}
+$$
+z = \frac{\mu_o - \mu_r}{\sqrt{\sigma_r^2 + \epsilon}}, \qquad
+r = \frac{\sigma_o^2 + \epsilon}{\sigma_r^2 + \epsilon}
+$$
 
 z is what the reference would leave of the channel's mean after normalising it, and r of its variance; the divergences
 are those of two normal distributions, and functions of z and r alone.
@@ -58,19 +59,19 @@ class Shift(NamedTuple):
 
     @property
     def kl(self) -> Tensor:
-        """KL divergence of the observed from the reference, in nats, >= 0; see :func:`kl_divergence`."""
+        """KL divergence of the observed from the reference, in nats, >= 0; see [`bnkit.shift.kl_divergence`][]."""
         return self._or_infinite(0.5 * (self.mean.square() + _minus_log(self.variance_ratio)))
 
     @property
     def psi(self) -> Tensor:
-        """Population stability index, >= 0; see :func:`psi`."""
+        """Population stability index, >= 0; see [`bnkit.shift.psi`][]."""
         # z² (1 + 1/r) + r + 1/r - 2, without the cancellation near r = 1 and without the overflow of r².
         spread = torch.hypot(self.mean, self.variance_ratio - 1) / self.variance_ratio.sqrt()
         return self._or_infinite(0.5 * (spread.square() + self.mean.square()))
 
     @property
     def wasserstein2(self) -> Tensor:
-        """2-Wasserstein distance in standard deviations of the reference, >= 0; see :func:`wasserstein2`."""
+        """2-Wasserstein distance in standard deviations of the reference, >= 0; see [`bnkit.shift.wasserstein2`][]."""
         # The root of r less 1, without cancellation near r = 1.
         stretch = (self.variance_ratio - 1) / (self.variance_ratio.sqrt() + 1)
         return self._or_infinite(torch.hypot(self.mean, stretch))
@@ -116,7 +117,7 @@ def shift(observed: Moments, reference: Moments, eps: float = EPS) -> Shift:
 def mean_shift(observed: Moments, reference: Moments, eps: float = EPS) -> Tensor:
     r"""How far the mean is off, in standard deviations of the reference.
 
-    .. math:: z = \frac{\mu_o - \mu_r}{\sqrt{\sigma_r^2 + \epsilon}}
+    $$z = \frac{\mu_o - \mu_r}{\sqrt{\sigma_r^2 + \epsilon}}$$
 
     Args:
         observed: of a batch, or of many.
@@ -126,7 +127,7 @@ def mean_shift(observed: Moments, reference: Moments, eps: float = EPS) -> Tenso
     Returns:
         Shape (C,), float64, any sign.
 
-    Example:
+    Examples:
         >>> mean_shift(Moments(8, torch.tensor([3.0]), torch.ones(1)), Moments(8, torch.ones(1), torch.ones(1)), eps=0)
         tensor([2.], dtype=torch.float64)
     """
@@ -136,7 +137,7 @@ def mean_shift(observed: Moments, reference: Moments, eps: float = EPS) -> Tenso
 def log_variance_ratio(observed: Moments, reference: Moments, eps: float = EPS) -> Tensor:
     r"""Logarithm of the ratio of the variances.
 
-    .. math:: \ln r = \ln\frac{\sigma_o^2 + \epsilon}{\sigma_r^2 + \epsilon}
+    $$\ln r = \ln\frac{\sigma_o^2 + \epsilon}{\sigma_r^2 + \epsilon}$$
 
     Args:
         observed: of a batch, or of many.
@@ -146,7 +147,7 @@ def log_variance_ratio(observed: Moments, reference: Moments, eps: float = EPS) 
     Returns:
         Shape (C,), float64; 0 where they are equal, ln 2 where the observed variance is twice the reference's.
 
-    Example:
+    Examples:
         >>> one = Moments(8, torch.zeros(1), torch.ones(1))
         >>> log_variance_ratio(one, one)
         tensor([0.], dtype=torch.float64)
@@ -157,7 +158,7 @@ def log_variance_ratio(observed: Moments, reference: Moments, eps: float = EPS) 
 def kl_divergence(observed: Moments, reference: Moments, eps: float = EPS) -> Tensor:
     r"""Kullback-Leibler divergence of the observed normal distribution from the reference's.
 
-    .. math:: KL = \tfrac12 (z^2 + r - 1 - \ln r)
+    $$KL = \tfrac12 (z^2 + r - 1 - \ln r)$$
 
     Args:
         observed: of a batch, or of many.
@@ -169,7 +170,7 @@ def kl_divergence(observed: Moments, reference: Moments, eps: float = EPS) -> Te
 
     Source: Kullback, Leibler, "On Information and Sufficiency", 1951, for two normal distributions.
 
-    Example:
+    Examples:
         >>> reference = Moments(8, torch.zeros(1), torch.ones(1))
         >>> kl_divergence(Moments(8, torch.full((1,), 2.0), torch.ones(1)), reference, eps=0)
         tensor([2.], dtype=torch.float64)
@@ -180,7 +181,7 @@ def kl_divergence(observed: Moments, reference: Moments, eps: float = EPS) -> Te
 def wasserstein2(observed: Moments, reference: Moments) -> Tensor:
     r"""2-Wasserstein distance of the two normal distributions, in the activation's own unit.
 
-    .. math:: W_2 = \sqrt{(\mu_o - \mu_r)^2 + (\sigma_o - \sigma_r)^2}
+    $$W_2 = \sqrt{(\mu_o - \mu_r)^2 + (\sigma_o - \sigma_r)^2}$$
 
     Args:
         observed: of a batch, or of many.
@@ -192,7 +193,7 @@ def wasserstein2(observed: Moments, reference: Moments) -> Tensor:
 
     Source: Olkin, Pukelsheim, "The Distance between Two Random Vectors with Given Dispersion Matrices", 1982.
 
-    Example:
+    Examples:
         >>> reference = Moments(8, torch.zeros(1), torch.ones(1))
         >>> wasserstein2(Moments(8, torch.full((1,), 3.0), torch.full((1,), 25.0)), reference)
         tensor([5.], dtype=torch.float64)
@@ -205,9 +206,9 @@ def wasserstein2(observed: Moments, reference: Moments) -> Tensor:
 def psi(observed: Moments, reference: Moments, eps: float = EPS) -> Tensor:
     r"""Population stability index: the symmetric divergence of the two normal distributions.
 
-    .. math:: PSI = KL(o \| r) + KL(r \| o) = \int (p_o - p_r) \ln\frac{p_o}{p_r}
+    $$PSI = KL(o \| r) + KL(r \| o) = \int (p_o - p_r) \ln\frac{p_o}{p_r}$$
 
-    which is the index of credit scoring, :math:`\sum (p_o - p_r) \ln(p_o / p_r)`, with bins of no width. Its customary
+    which is the index of credit scoring, $\sum (p_o - p_r) \ln(p_o / p_r)$, with bins of no width. Its customary
     limits (0.1, 0.25) are for scores, and say nothing here: compare with the layer's own spread.
 
     Args:
@@ -220,7 +221,7 @@ def psi(observed: Moments, reference: Moments, eps: float = EPS) -> Tensor:
 
     Source: Jeffreys' divergence; as PSI, Siddiqi, "Credit Risk Scorecards", 2006.
 
-    Example:
+    Examples:
         >>> reference = Moments(8, torch.zeros(1), torch.ones(1))
         >>> psi(Moments(8, torch.full((1,), 2.0), torch.ones(1)), reference, eps=0)
         tensor([4.], dtype=torch.float64)
@@ -231,7 +232,7 @@ def psi(observed: Moments, reference: Moments, eps: float = EPS) -> Tensor:
 def relu_zero_fraction(weight: Tensor, bias: Tensor) -> Tensor:
     r"""Fraction of a channel's outputs that a ReLU right after the layer would set to 0.
 
-    .. math:: \Phi(-\beta / |\gamma|)
+    $$\Phi(-\beta / |\gamma|)$$
 
     for normally distributed inputs, whose variance is large beside the layer's eps.
 
@@ -242,7 +243,7 @@ def relu_zero_fraction(weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         Shape (C,), float64, from 0 to 1. Where the weight is 0: 1 if the bias is not positive, else 0.
 
-    Example:
+    Examples:
         >>> relu_zero_fraction(torch.ones(2), torch.tensor([0.0, -4.0]))
         tensor([0.5000, 1.0000], dtype=torch.float64)
     """
@@ -256,8 +257,9 @@ def dead_channels(
 ) -> Tensor:
     r"""Which channels carry nothing on: their output does not vary, or a ReLU right after would leave nothing of it.
 
-    .. math::
-        |\gamma| \sqrt{\frac{\sigma^2}{\sigma^2 + \epsilon}} < t \quad\text{or}\quad 1 - \Phi(-\beta / |\gamma|) < t
+    $$
+    |\gamma| \sqrt{\frac{\sigma^2}{\sigma^2 + \epsilon}} < t \quad\text{or}\quad 1 - \Phi(-\beta / |\gamma|) < t
+    $$
 
     The second holds only for a layer with a ReLU right after it.
 
@@ -271,7 +273,7 @@ def dead_channels(
     Returns:
         Shape (C,), bool; False where nothing is known: where nothing was observed, or it is NaN.
 
-    Example:
+    Examples:
         >>> observed = Moments(8, torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]))
         >>> dead_channels(observed, torch.ones(3), torch.tensor([0.0, 0.0, -9.0]))
         tensor([False,  True,  True])
@@ -285,13 +287,13 @@ def dead_channels(
 
 
 def affine_magnitude(weight: Tensor | None, bias: Tensor | None) -> tuple[float, float]:
-    r"""Root mean square of :math:`\gamma` and of :math:`\beta` over the channels; 1 and 0 where there are none.
+    r"""Root mean square of $\gamma$ and of $\beta$ over the channels; 1 and 0 where there are none.
 
     Args:
         weight: the layer's, shape (C,); None where it has none.
         bias: the layer's, shape (C,); None where it has none.
 
-    Example:
+    Examples:
         >>> affine_magnitude(torch.tensor([3.0, -4.0]), None)
         (3.5355339059327378, 0.0)
     """
@@ -307,7 +309,7 @@ def all_finite(observed: Moments) -> bool:
     Args:
         observed: of a batch, or of many.
 
-    Example:
+    Examples:
         >>> all_finite(Moments(2, torch.tensor([float("nan")]), torch.ones(1)))
         False
     """
@@ -317,19 +319,20 @@ def all_finite(observed: Moments) -> bool:
 def batch_noise(observed: Moments, eps: float = EPS) -> Tensor:
     r"""How much one batch's mean scatters, in standard deviations of the activation: the noise that training adds.
 
-    .. math:: \sqrt{\frac{\sum_b n_b (\mu_b - \mu)^2}{(B - 1)\,(n / B)\,(\sigma^2 + \epsilon)}}
+    $$\sqrt{\frac{\sum_b n_b (\mu_b - \mu)^2}{(B - 1)\,(n / B)\,(\sigma^2 + \epsilon)}}$$
 
     the root of the between-batch mean square of a one-way analysis of variance, over the number of values in a batch
     and over the variance. For uncorrelated values it is one over the root of that number; pixels of an image are not.
 
     Args:
-        observed: pooled from B >= 2 batches drawn independently (:meth:`Moments.pool` keeps what lies between them).
+        observed: pooled from B >= 2 batches drawn independently ([`Moments.pool`][bnkit.Moments.pool] keeps what lies
+            between them).
         eps: the layer's eps.
 
     Returns:
         Shape (C,), float64, >= 0; infinite where fewer than two batches were pooled: nothing is known then.
 
-    Example:
+    Examples:
         >>> two = Moments.pool([Moments(4, torch.tensor([m]), torch.ones(1)) for m in (-1.0, 1.0)])
         >>> batch_noise(two, eps=0)
         tensor([1.], dtype=torch.float64)
@@ -342,12 +345,12 @@ def batch_noise(observed: Moments, eps: float = EPS) -> Tensor:
 def normalization_batch_size(noise: Tensor, samples: float, level: float) -> Tensor:
     r"""Samples that a batch should have for its mean to scatter by no more than this.
 
-    .. math:: N = samples \cdot (noise / level)^2
+    $$N = samples \cdot (noise / level)^2$$
 
     since samples are independent, if their pixels are not.
 
     Args:
-        noise: of batches of ``samples``, see :func:`batch_noise`; any shape.
+        noise: of batches of ``samples``, see [`bnkit.shift.batch_noise`][]; any shape.
         samples: that were normalised together.
         level: wanted noise, > 0, in standard deviations of the activation.
 
@@ -357,7 +360,7 @@ def normalization_batch_size(noise: Tensor, samples: float, level: float) -> Ten
     Raises:
         ValueError: where samples or level is not positive.
 
-    Example:
+    Examples:
         >>> normalization_batch_size(torch.tensor(0.4), samples=8, level=0.1).round()
         tensor(128.)
     """

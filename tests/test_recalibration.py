@@ -134,7 +134,7 @@ def test_calls_may_differ_from_batch_to_batch_in_number_size_and_way(by_keyword)
 
         def forward(self, x, calls):
             for k in range(calls):
-                self.now_and_then(**{"input": x + k}) if by_keyword and k % 2 else self.now_and_then(x + k)
+                self.now_and_then(input=x + k) if by_keyword and k % 2 else self.now_and_then(x + k)
             return self.always(input=x) if by_keyword and calls else self.always(x)
 
     model = Model()

@@ -76,7 +76,7 @@ class RunHistory:
 
     Attributes:
         metrics: key -> (step, value) in the order of the steps; every scalar that the run has, ``bn…`` and others.
-        tables: those of :data:`TABLES`; without rows where the source does not have them.
+        tables: those of ``TABLES``; without rows where the source does not have them.
         names: short layer name, as in the keys -> layer name. Where it is not known, the short name stands for both.
         info: what is to be said of the run, such as ``{"model": "ResNet", "steps": "1000"}``.
     """
@@ -93,7 +93,7 @@ class RunHistory:
                 self.metrics.setdefault(key, []).append((step, float(value)))
 
     def layers(self, prefix: str) -> dict[str, list[tuple[int, float]]]:
-        """Layer name -> the series of one measure of :data:`bnkit.dashboard.keys.LAYER_KEYS`, in the model's order."""
+        """Layer name -> the series of one measure of [`bnkit.dashboard.keys.LAYER_KEYS`][], in the model's order."""
         found = {key.split("/", 1)[1]: series for key, series in self.metrics.items() if key.startswith(prefix + "/")}
         order = {short: position for position, short in enumerate(self.names)}
         shorts = sorted(found, key=lambda short: order.get(short, len(order)))
@@ -114,7 +114,7 @@ class RunHistory:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunHistory:
-        """Undo :meth:`to_dict`."""
+        """Undo ``to_dict``."""
         history = cls(
             metrics={key: [(int(step), float(v)) for step, v in series] for key, series in values["metrics"].items()},
             names=dict(values["names"]),
@@ -125,7 +125,7 @@ class RunHistory:
         return history
 
     def save(self, folder: str | Path) -> Path:
-        """Write :data:`FILE_NAME` into a folder; whole or not at all."""
+        """Write ``FILE_NAME`` into a folder; whole or not at all."""
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
@@ -135,7 +135,7 @@ class RunHistory:
 
     @classmethod
     def load(cls, path: str | Path) -> RunHistory:
-        """Read what :meth:`save` wrote."""
+        """Read what ``save`` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 

@@ -83,7 +83,7 @@ LAYER_KEYS = (
 def short_names(layers: Iterable[str]) -> dict[str, str]:
     """Layer name -> its name in a key, all different: letters and digits that every logger takes, no dots, no slashes.
 
-    Example:
+    Examples:
         >>> short_names(["layer1.0.bn1", "layer1_0.bn1", ""])
         {'layer1.0.bn1': 'layer1_0_bn1', 'layer1_0.bn1': 'layer1_0_bn1_2', '': 'model'}
     """
@@ -109,9 +109,9 @@ def per_layer(
     """The scalars of one measure: of all layers, or of the worst where there are more than ``limit``.
 
     Args:
-        prefix: of a :class:`LayerKey`.
+        prefix: of a [`bnkit.dashboard.keys.LayerKey`][].
         values: by layer name; what is not finite is not known, and left out.
-        names: of :func:`short_names`, for all layers of the model.
+        names: of [`bnkit.dashboard.keys.short_names`][], for all layers of the model.
         limit: up to as many layers, all of them are logged.
         worst: how many there are beyond, those with the largest magnitude.
     """

@@ -63,7 +63,7 @@ class Recorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`, in place of all series so far."""
+        """Go on from a ``state_dict``, in place of all series so far."""
         points = iter(zip(state["steps"].tolist(), state["values"].tolist(), strict=True))
         self.history.metrics = {
             key: [next(points) for _ in range(length)]

@@ -35,12 +35,12 @@ _PREFIXES = {
 def snapshot_scalars(
     snapshot: Snapshot, layers: Mapping[str, _BatchNorm], names: Mapping[str, str], alarms: int
 ) -> dict[str, float]:
-    """What is logged of a snapshot: see :mod:`bnkit.dashboard.keys`. What is not known is left out.
+    """What is logged of a snapshot: see [`bnkit.dashboard.keys`][]. What is not known is left out.
 
     Args:
-        snapshot: of a :class:`bnkit.Monitor`.
+        snapshot: of a [`bnkit.Monitor`][].
         layers: the model's, by name.
-        names: of :func:`bnkit.dashboard.keys.short_names`.
+        names: of [`bnkit.dashboard.keys.short_names`][].
         alarms: raised so far.
     """
     measures = snapshot.layers

@@ -41,7 +41,7 @@ _SUMMARY: dict[str, Literal["max", "mean"]] = {
 def prefixed(prefix: str, key: str) -> str:
     """The key that Lightning's ``WandbLogger(prefix=...)`` logs under.
 
-    Example:
+    Examples:
         >>> prefixed("", "bn/alarms"), prefixed("teacher", "bn/alarms")
         ('bn/alarms', 'teacher-bn/alarms')
     """
@@ -53,7 +53,7 @@ def define_metrics(run: wandb.Run, layers: Iterable[str], *, prefix: str = "") -
 
     Every key is defined by its exact name, for a pattern loses to the ``*`` that Lightning defines. All have the global
     step as their x axis; those of single layers are hidden: no chart each unless a panel asks for it. The layers' names
-    go to the run's config, under :data:`NAMES`. Takes about 2 ms a layer, once.
+    go to the run's config, under ``NAMES``. Takes about 2 ms a layer, once.
 
     Args:
         run: that is logged to; of the process that logs.
@@ -76,7 +76,7 @@ def log_history(run: wandb.Run, history: RunHistory, step: int, *, prefix: str =
     Args:
         run: that is logged to.
         history: of the run.
-        step: the last one, of :data:`STEP`.
+        step: the last one, of ``STEP``.
         prefix: of the ``WandbLogger``.
     """
     import wandb

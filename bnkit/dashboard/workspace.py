@@ -58,7 +58,7 @@ def make(
         entity: user or team that owns the project; None: the one of the W&B key.
         project: that has the runs.
         name: of the workspace.
-        run: a run as :func:`bnkit.dashboard.sources.read` takes it; its layers get a line each, and what it did not log
+        run: a run as ``bnkit.dashboard.sources.read`` takes it; its layers get a line each, and what it did not log
             gets no panel. None: panels for all that there is, those of the layers by a pattern.
         prefix: of the ``WandbLogger``; a ``run`` brings its own.
         output: a file to write, without key or network; None: create it at W&B.

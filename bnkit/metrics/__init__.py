@@ -1,4 +1,4 @@
-r"""The measures of :mod:`bnkit.shift` and :mod:`bnkit.probes` as ``torchmetrics.Metric``, each with its reduction.
+r"""The measures of [`bnkit.shift`][] and [`bnkit.probes`][] as ``torchmetrics.Metric``, each with its reduction.
 
 What is observed is pooled without loss over updates and over ranks (the law of total variance), so on n ranks a metric
 is what it would be in one process that saw all data. A rank without an update changes nothing.

@@ -50,7 +50,7 @@ class PooledMetric(Float64Metric):
         self.add_state("observed", pack(Moments.empty(num_channels)), dist_reduce_fx=pool)
 
     def update(self, observed: Moments) -> None:
-        """Pool what was observed, such as one of :func:`bnkit.observe`'s Moments, with what was before."""
+        """Pool what was observed, such as one of [`bnkit.observe`][]'s Moments, with what was before."""
         self._check(observed)
         self.observed = pool(torch.stack((self.observed, pack(observed).to(self.observed.device))))
 
@@ -110,7 +110,7 @@ def pack(moments: Moments) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Moments:
-    """Undo :func:`pack`."""
+    """Undo ``pack``."""
     return Moments(*packed)
 
 

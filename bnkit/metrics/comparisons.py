@@ -17,11 +17,11 @@ __all__ = ["KLDivergence", "LogVarianceRatio", "MeanShift", "PopulationStability
 class MeanShift(ComparisonMetric):
     r"""How far the mean is off, in standard deviations of the reference; any sign, 0 where equal.
 
-    .. math:: z = \frac{\mu_o - \mu_r}{\sqrt{\sigma_r^2 + \epsilon}}
+    $$z = \frac{\mu_o - \mu_r}{\sqrt{\sigma_r^2 + \epsilon}}$$
 
-    Source: see :func:`bnkit.shift.mean_shift`.
+    Source: see [`bnkit.shift.mean_shift`][].
 
-    Example:
+    Examples:
         >>> metric = MeanShift(1, eps=0)
         >>> metric.update(Moments(8, torch.tensor([3.0]), torch.ones(1)), Moments(8, torch.ones(1), torch.ones(1)))
         >>> metric.compute()
@@ -34,11 +34,11 @@ class MeanShift(ComparisonMetric):
 class LogVarianceRatio(ComparisonMetric):
     r"""Logarithm of the ratio of the variances; any sign, 0 where equal.
 
-    .. math:: \ln r = \ln\frac{\sigma_o^2 + \epsilon}{\sigma_r^2 + \epsilon}
+    $$\ln r = \ln\frac{\sigma_o^2 + \epsilon}{\sigma_r^2 + \epsilon}$$
 
-    Source: see :func:`bnkit.shift.log_variance_ratio`.
+    Source: see [`bnkit.shift.log_variance_ratio`][].
 
-    Example:
+    Examples:
         >>> metric = LogVarianceRatio(1, eps=0)
         >>> metric.update(Moments(8, torch.ones(1), torch.ones(1) * 2), Moments(8, torch.ones(1), torch.ones(1)))
         >>> metric.compute()
@@ -51,11 +51,11 @@ class LogVarianceRatio(ComparisonMetric):
 class KLDivergence(ComparisonMetric):
     r"""Kullback-Leibler divergence of the observed normal distribution from the reference's; in nats, >= 0.
 
-    .. math:: KL = \tfrac12 (z^2 + r - 1 - \ln r)
+    $$KL = \tfrac12 (z^2 + r - 1 - \ln r)$$
 
-    Source: see :func:`bnkit.shift.kl_divergence`.
+    Source: see [`bnkit.shift.kl_divergence`][].
 
-    Example:
+    Examples:
         >>> metric = KLDivergence(1, eps=0)
         >>> metric.update(Moments(8, torch.tensor([3.0]), torch.ones(1)), Moments(8, torch.ones(1), torch.ones(1)))
         >>> metric.compute()
@@ -68,11 +68,11 @@ class KLDivergence(ComparisonMetric):
 class PopulationStabilityIndex(ComparisonMetric):
     r"""Population stability index, the symmetric divergence of the two normal distributions; >= 0.
 
-    .. math:: PSI = KL(o \| r) + KL(r \| o)
+    $$PSI = KL(o \| r) + KL(r \| o)$$
 
-    Source: see :func:`bnkit.shift.psi`.
+    Source: see [`bnkit.shift.psi`][].
 
-    Example:
+    Examples:
         >>> metric = PopulationStabilityIndex(1, eps=0)
         >>> metric.update(Moments(8, torch.tensor([3.0]), torch.ones(1)), Moments(8, torch.ones(1), torch.ones(1)))
         >>> metric.compute()
@@ -85,9 +85,9 @@ class PopulationStabilityIndex(ComparisonMetric):
 class Wasserstein2(ComparisonMetric):
     r"""2-Wasserstein distance of the two normal distributions; >= 0, in the activation's own unit.
 
-    .. math:: W_2 = \sqrt{(\mu_o - \mu_r)^2 + (\sigma_o - \sigma_r)^2}
+    $$W_2 = \sqrt{(\mu_o - \mu_r)^2 + (\sigma_o - \sigma_r)^2}$$
 
-    Source: see :func:`bnkit.shift.wasserstein2`.
+    Source: see [`bnkit.shift.wasserstein2`][].
 
     Args:
         num_channels: C.
@@ -95,7 +95,7 @@ class Wasserstein2(ComparisonMetric):
         standardized: in standard deviations of the reference, which can be compared across layers.
         kwargs: torchmetrics' own.
 
-    Example:
+    Examples:
         >>> metric = Wasserstein2(1)
         >>> metric.update(Moments(8, torch.ones(1) * 3, torch.ones(1) * 25), Moments(8, torch.zeros(1), torch.ones(1)))
         >>> metric.compute()

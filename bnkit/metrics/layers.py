@@ -18,10 +18,11 @@ __all__ = ["AffineMagnitude", "AllFinite", "BatchNoise", "DeadChannels"]
 class DeadChannels(PooledMetric):
     r"""Which channels carry nothing on: 1 where one is dead, 0 where not, so the mean is their fraction.
 
-    .. math::
-        |\gamma| \sqrt{\frac{\sigma^2}{\sigma^2 + \epsilon}} < t \quad\text{or}\quad 1 - \Phi(-\beta / |\gamma|) < t
+    $$
+    |\gamma| \sqrt{\frac{\sigma^2}{\sigma^2 + \epsilon}} < t \quad\text{or}\quad 1 - \Phi(-\beta / |\gamma|) < t
+    $$
 
-    Source: see :func:`bnkit.shift.dead_channels`.
+    Source: see [`bnkit.shift.dead_channels`][].
 
     Args:
         num_channels: C.
@@ -29,7 +30,7 @@ class DeadChannels(PooledMetric):
         threshold: t, > 0.
         kwargs: torchmetrics' own.
 
-    Example:
+    Examples:
         >>> metric = DeadChannels(2)
         >>> metric.update(Moments(8, torch.zeros(2), torch.tensor([1.0, 0.0])), torch.ones(2), torch.zeros(2))
         >>> metric.compute()
@@ -63,13 +64,13 @@ class DeadChannels(PooledMetric):
 class BatchNoise(PooledMetric):
     r"""How much one batch's mean scatters, in standard deviations of the activation; >= 0, infinite for one batch.
 
-    .. math:: \sqrt{\frac{\sum_b n_b (\mu_b - \mu)^2}{(B - 1)\,(n / B)\,(\sigma^2 + \epsilon)}}
+    $$\sqrt{\frac{\sum_b n_b (\mu_b - \mu)^2}{(B - 1)\,(n / B)\,(\sigma^2 + \epsilon)}}$$
 
     Every update should be of one batch, or of Moments pooled from batches.
 
-    Source: the between-batch mean square of a one-way analysis of variance; see :func:`bnkit.shift.batch_noise`.
+    Source: the between-batch mean square of a one-way analysis of variance; see [`bnkit.shift.batch_noise`][].
 
-    Example:
+    Examples:
         >>> metric = BatchNoise(1, eps=0)
         >>> for mean in (-1.0, 1.0):
         ...     metric.update(Moments(4, torch.tensor([mean]), torch.ones(1)))
@@ -85,9 +86,9 @@ class BatchNoise(PooledMetric):
 class AllFinite(Float64Metric):
     """Whether all means and variances observed were finite: 1, or 0 if one was NaN or infinite.
 
-    Source: see :func:`bnkit.shift.all_finite`.
+    Source: see [`bnkit.shift.all_finite`][].
 
-    Example:
+    Examples:
         >>> metric = AllFinite()
         >>> metric.update(Moments(2, torch.tensor([float("nan")]), torch.ones(1)))
         >>> metric.compute()
@@ -113,13 +114,13 @@ class AllFinite(Float64Metric):
 
 
 class AffineMagnitude(Float64Metric):
-    r"""Root mean square of the last :math:`\gamma` and :math:`\beta` over the channels; >= 0.
+    r"""Root mean square of the last $\gamma$ and $\beta$ over the channels; >= 0.
 
     Of several ranks the lowest one's with an update counts.
 
-    Source: see :func:`bnkit.shift.affine_magnitude`.
+    Source: see [`bnkit.shift.affine_magnitude`][].
 
-    Example:
+    Examples:
         >>> metric = AffineMagnitude()
         >>> metric.update(torch.ones(4) * 2, None)
         >>> metric.compute()["weight"]

@@ -16,12 +16,12 @@ __all__ = ["InternalCovariateShift", "TrainEvalGap"]
 
 
 class TrainEvalGap(Float64Metric):
-    """The numbers of :func:`bnkit.probes.train_eval_gap`, averaged over samples; NaN where none was known.
+    """The numbers of [`bnkit.probes.train_eval_gap`][], averaged over samples; NaN where none was known.
 
     Loss and its difference have any sign, ``disagreement`` is from 0 to 1, ``output`` is >= 0; see
-    :class:`bnkit.probes.GapReport`.
+    [`bnkit.probes.GapReport`][].
 
-    Example:
+    Examples:
         >>> from bnkit.probes import train_eval_gap
         >>> metric, model = TrainEvalGap(), torch.nn.BatchNorm1d(2, momentum=1.0)
         >>> metric.update(train_eval_gap(model, torch.ones(8, 2)))
@@ -58,15 +58,15 @@ class TrainEvalGap(Float64Metric):
 class InternalCovariateShift(Float64Metric):
     r"""Internal covariate shift of each layer, averaged over probes; a layer never probed is NaN.
 
-    .. math:: \|G - G'\|_2 \ge 0, \qquad \cos(G, G') \in [-1, 1]
+    $$\|G - G'\|_2 \ge 0, \qquad \cos(G, G') \in [-1, 1]$$
 
-    Source: Santurkar et al. 2018; see :func:`bnkit.probes.internal_covariate_shift`.
+    Source: Santurkar et al. 2018; see [`bnkit.probes.internal_covariate_shift`][].
 
     Args:
         layers: names of the layers, in the order of the result.
         kwargs: torchmetrics' own.
 
-    Example:
+    Examples:
         >>> metric = InternalCovariateShift(["bn1", "bn2"])
         >>> metric.update({"bn1": CovariateShift(0.0, 1.0), "bn2": CovariateShift(0.5, 0.5)})
         >>> metric.compute()["norm"]

@@ -4,19 +4,17 @@ Two axes
 --------
 *Scope*: over which samples statistics are pooled. *Estimator*: what normalises.
 
-=====================  =======================  ==============================================================
-Variant                Scope                    Estimator
-=====================  =======================  ==============================================================
-:class:`Ghost`         part of the device's     exact mean and variance of the scope (:class:`base.Scoped`)
-(plain BatchNorm)      the device's batch       the same
-:class:`Sync`          a group of ranks         the same
-:class:`Domain`        one domain's batch       the same; running statistics for each domain
-:class:`NormBatch`     chosen by a batch size   the same: resolves to Ghost, plain or Sync
-:class:`Renorm`        the device's batch       the batch's, corrected towards the population's
-:class:`Frozen`        all that was trained on  the population's, which no longer changes
-:class:`MovingAverage` the last batches         their mean second moment, forward and backward
-:class:`Group`         one sample               its own groups of channels
-=====================  =======================  ==============================================================
+| Variant           | Scope                      | Estimator                                       |
+| ----------------- | -------------------------- | ----------------------------------------------- |
+| `Ghost`           | part of the device's batch | exact mean and variance of the scope            |
+| (plain BatchNorm) | the device's batch         | the same                                        |
+| `Sync`            | a group of ranks           | the same                                        |
+| `Domain`          | one domain's batch         | the same; running statistics for each domain    |
+| `NormBatch`       | chosen by a batch size     | the same: resolves to Ghost, plain or Sync      |
+| `Renorm`          | the device's batch         | the batch's, corrected towards the running ones |
+| `Frozen`          | all that was trained on    | the running statistics, which no longer change  |
+| `MovingAverage`   | the last batches           | their mean second moment, forward and backward  |
+| `Group`           | one sample                 | its own groups of channels                      |
 
 Spec and layer
 --------------
@@ -26,15 +24,15 @@ what was there before. Parameters, buffers, hooks, aliases and whatever else the
 ``undo(layer)`` reads the record and gives the class and the attributes back. Before anything changes, ``check`` refuses
 what cannot be; ``resolve(context)`` tells which spec it will really be, None for plain BatchNorm.
 
-:class:`Context` carries what a layer does not know: the device's batch, the number of ranks, and the convolution before
-it for the specs whose ``needs_convolution`` is true. Those change that module's class in the same way, and undoing the
-layer undoes it too.
+[`bnkit.norms.Context`][] carries what a layer does not know: the device's batch, the number of ranks, and the
+convolution before it for the specs whose ``needs_convolution`` is true. Those change that module's class in the same
+way, and undoing the layer undoes it too.
 
 State
 -----
-``state_dict`` has BatchNorm's keys and shapes, and loads to and from plain BatchNorm. :class:`Domain` alone has more
-keys, and fills them from a plain checkpoint. What a variant must remember beside that to resume exactly is in buffers
-outside the state_dict, for a callback to keep: ``layer.step`` of Renorm, ``layer.averages`` of MovingAverage.
+``state_dict`` has BatchNorm's keys and shapes, and loads to and from plain BatchNorm. [`bnkit.norms.Domain`][] alone
+has more keys, and fills them from a plain checkpoint. What a variant must remember beside that to resume exactly is in
+buffers outside the state_dict, for a callback to keep: ``layer.step`` of Renorm, ``layer.averages`` of MovingAverage.
 
 All layers update their running statistics by BatchNorm's rule, ``(1 - momentum) * running + momentum * statistic``,
 once a training forward, with the mean and unbiased variance of all samples of the scope (of all ghosts together);

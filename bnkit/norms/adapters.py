@@ -46,7 +46,7 @@ def register_adapter(
         TypeError: where ``layer_class`` is no subclass of torch's BatchNorm.
         ValueError: where ``kind`` is none of the three, or is not given and cannot be told from the class.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> import bnkit

@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 class Variant(_BatchNorm):
-    """A BatchNorm layer that was made from torch's own by a spec; see :meth:`bnkit.norms.Spec.apply`."""
+    """A BatchNorm layer that was made from torch's own by a spec; see [`bnkit.norms.Spec.apply`][]."""
 
     holds_statistics: ClassVar[bool] = False
     """Whether the running statistics are not to change: training normalises by them."""
@@ -86,11 +86,11 @@ class Variant(_BatchNorm):
 class Scoped(Variant):
     r"""The exact batch estimator over a chosen *scope*: the samples whose mean and variance normalise a sample.
 
-    .. math:: y = \gamma \frac{x - \mu_s}{\sqrt{\sigma_s^2 + \epsilon}} + \beta
+    $$y = \gamma \frac{x - \mu_s}{\sqrt{\sigma_s^2 + \epsilon}} + \beta$$
 
-    where s is a ghost batch (:class:`Ghost`), the device's batch (torch's own layer) or the batch of several ranks
-    (:class:`Sync`). A subclass says when its scope is just the device's batch, and normalises where it is not.
-    Inference is BatchNorm's own, by the running statistics.
+    where s is a ghost batch ([`bnkit.norms.Ghost`][]), the device's batch (torch's own layer) or the batch of several
+    ranks ([`bnkit.norms.Sync`][]). A subclass says when its scope is just the device's batch, and normalises where it
+    is not. Inference is BatchNorm's own, by the running statistics.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002

@@ -97,7 +97,7 @@ _CLASSES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
 
 
 def check_weights(module: nn.Module | None, spec: Any) -> None:
-    """Refuse what :func:`swap_weights` cannot swap.
+    """Refuse what ``swap_weights`` cannot swap.
 
     Raises:
         TypeError: for no module, one of another class (a transposed or a parametrized convolution), one whose weight is
@@ -117,7 +117,7 @@ def check_weights(module: nn.Module | None, spec: Any) -> None:
 
 
 def swap_weights(module: nn.Module, how: str, spec: Any) -> None:
-    """Let a layer work by its ``"centered"`` or ``"standardized"`` weights; :func:`undo` gives its class back."""
+    """Let a layer work by its ``"centered"`` or ``"standardized"`` weights; ``undo`` gives its class back."""
     undo(module)
     cls = type(module)
     module.__class__ = _CLASSES[how][cls]

@@ -20,7 +20,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _Domain(Variant):
-    """Plain BatchNorm by the running statistics of the domain in use; see :class:`Domain`.
+    """Plain BatchNorm by the running statistics of the domain in use; see [`bnkit.norms.Domain`][].
 
     The statistics in use stand under BatchNorm's own names, so that all who read or write a BatchNorm layer's
     statistics (recalibration, a monitor) mean the domain in use; the others stand under theirs.
@@ -66,22 +66,22 @@ class _Domain(Variant):
 
 
 class DomainBatchNorm1d(_Domain, nn.BatchNorm1d):
-    """Domain-specific batch normalization over (N, C) or (N, C, L); see :class:`Domain`."""
+    """Domain-specific batch normalization over (N, C) or (N, C, L); see [`bnkit.norms.Domain`][]."""
 
 
 class DomainBatchNorm2d(_Domain, nn.BatchNorm2d):
-    """Domain-specific batch normalization over (N, C, H, W); see :class:`Domain`."""
+    """Domain-specific batch normalization over (N, C, H, W); see [`bnkit.norms.Domain`][]."""
 
 
 class DomainBatchNorm3d(_Domain, nn.BatchNorm3d):
-    """Domain-specific batch normalization over (N, C, D, H, W); see :class:`Domain`."""
+    """Domain-specific batch normalization over (N, C, D, H, W); see [`bnkit.norms.Domain`][]."""
 
 
 @dataclass(frozen=True)
 class Domain(Spec):
     r"""Batch normalization with running statistics for each domain and one weight and bias for all.
 
-    .. math:: y = \gamma \frac{x - \mu_d}{\sqrt{\sigma_d^2 + \epsilon}} + \beta
+    $$y = \gamma \frac{x - \mu_d}{\sqrt{\sigma_d^2 + \epsilon}} + \beta$$
 
     with mean and variance of the batch in training and of domain d's running statistics at inference. The domain is
     chosen by ``with bnkit.norms.domain(model, name):`` and is the first one otherwise. All start from the statistics
@@ -89,7 +89,8 @@ class Domain(Spec):
 
     The first domain's statistics have BatchNorm's own keys; the others' are extra buffers, ``running_mean_NAME``,
     ``running_var_NAME`` and ``num_batches_tracked_NAME``. A plain checkpoint loads, strictly, into every domain;
-    :func:`plain_state_dict` gives one domain's checkpoint for plain BatchNorm. Undoing keeps the first domain's.
+    [`bnkit.norms.plain_state_dict`][] gives one domain's checkpoint for plain BatchNorm. Undoing keeps the first
+    domain's.
 
     Warning:
         A batch belongs to one domain: call the model once for each. With activation checkpointing the backward pass
@@ -143,7 +144,7 @@ class Domain(Spec):
 
 @contextmanager
 def domain(model: nn.Module, name: str) -> Iterator[None]:
-    """Let the model's :class:`Domain` layers use a domain's statistics for the time of the block.
+    """Let the model's [`bnkit.norms.Domain`][] layers use a domain's statistics for the time of the block.
 
     Blocks can be nested; leaving one, also by an exception, gives the domain of before back. Layers whose spec does not
     have the name keep theirs.
@@ -167,7 +168,7 @@ def domain(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def plain_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Any]:
-    """The model's state_dict with BatchNorm's keys alone, for the same model without :class:`Domain` layers.
+    """The model's state_dict with BatchNorm's keys alone, for the same model without [`bnkit.norms.Domain`][] layers.
 
     Args:
         model: the model.

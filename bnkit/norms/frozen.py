@@ -16,7 +16,7 @@ __all__ = ["Frozen", "FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3
 
 
 class _Frozen(Variant):
-    """Normalises by the running statistics in either mode; see :class:`Frozen`."""
+    """Normalises by the running statistics in either mode; see [`bnkit.norms.Frozen`][]."""
 
     holds_statistics = True
 
@@ -27,22 +27,22 @@ class _Frozen(Variant):
 
 
 class FrozenBatchNorm1d(_Frozen, nn.BatchNorm1d):
-    """Frozen batch normalization over (N, C) or (N, C, L); see :class:`Frozen`."""
+    """Frozen batch normalization over (N, C) or (N, C, L); see [`bnkit.norms.Frozen`][]."""
 
 
 class FrozenBatchNorm2d(_Frozen, nn.BatchNorm2d):
-    """Frozen batch normalization over (N, C, H, W); see :class:`Frozen`."""
+    """Frozen batch normalization over (N, C, H, W); see [`bnkit.norms.Frozen`][]."""
 
 
 class FrozenBatchNorm3d(_Frozen, nn.BatchNorm3d):
-    """Frozen batch normalization over (N, C, D, H, W); see :class:`Frozen`."""
+    """Frozen batch normalization over (N, C, D, H, W); see [`bnkit.norms.Frozen`][]."""
 
 
 @dataclass(frozen=True)
 class Frozen(Spec):
     r"""Batch normalization by the running statistics, which no longer change.
 
-    .. math:: y = \gamma \frac{x - \mu_{running}}{\sqrt{\sigma_{running}^2 + \epsilon}} + \beta
+    $$y = \gamma \frac{x - \mu_{running}}{\sqrt{\sigma_{running}^2 + \epsilon}} + \beta$$
 
     Warning:
         A frozen layer no longer bounds its output. Freeze a trained layer, best after recalibrating it: a fresh layer's

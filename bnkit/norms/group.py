@@ -18,7 +18,7 @@ __all__ = ["Group", "GroupBatchNorm1d", "GroupBatchNorm2d", "GroupBatchNorm3d", 
 
 
 class _Group(Variant):
-    """Normalises each sample by its own groups of channels; see :class:`Group`."""
+    """Normalises each sample by its own groups of channels; see [`bnkit.norms.Group`][]."""
 
     by_sample = True
 
@@ -54,29 +54,30 @@ class _Group(Variant):
 
 
 class GroupBatchNorm1d(_Group, nn.BatchNorm1d):
-    """Group normalization over (N, C) or (N, C, L) with BatchNorm's keys; see :class:`Group`."""
+    """Group normalization over (N, C) or (N, C, L) with BatchNorm's keys; see [`bnkit.norms.Group`][]."""
 
 
 class GroupBatchNorm2d(_Group, nn.BatchNorm2d):
-    """Group normalization over (N, C, H, W) with BatchNorm's keys; see :class:`Group`."""
+    """Group normalization over (N, C, H, W) with BatchNorm's keys; see [`bnkit.norms.Group`][]."""
 
 
 class GroupBatchNorm3d(_Group, nn.BatchNorm3d):
-    """Group normalization over (N, C, D, H, W) with BatchNorm's keys; see :class:`Group`."""
+    """Group normalization over (N, C, D, H, W) with BatchNorm's keys; see [`bnkit.norms.Group`][]."""
 
 
 @dataclass(frozen=True)
 class Group(Spec):
     r"""Group normalization, under BatchNorm's keys and from a trained BatchNorm where there is one.
 
-    .. math::
-        y = \gamma' \frac{x - \mu_g(x)}{s_g(x)} + \beta',\quad
-        \gamma' = \gamma \frac{s_g}{\sigma},\quad \beta' = \beta + \gamma \frac{\mu_g - \mu}{\sigma}
+    $$
+    y = \gamma' \frac{x - \mu_g(x)}{s_g(x)} + \beta',\quad
+    \gamma' = \gamma \frac{s_g}{\sigma},\quad \beta' = \beta + \gamma \frac{\mu_g - \mu}{\sigma}
+    $$
 
-    with :math:`\mu_g(x)` and :math:`s_g(x)` of one sample's channels in group g, :math:`\mu` and :math:`\sigma` the
-    running statistics of a channel, and :math:`\mu_g` and :math:`s_g` those pooled over the group. A sample whose
+    with $\mu_g(x)$ and $s_g(x)$ of one sample's channels in group g, $\mu$ and $\sigma$ the
+    running statistics of a channel, and $\mu_g$ and $s_g$ those pooled over the group. A sample whose
     groups are as the population's is normalised as BatchNorm's inference would. With ``fold=False``, and where there
-    are no running statistics, :math:`\gamma' = \gamma` and :math:`\beta' = \beta`.
+    are no running statistics, $\gamma' = \gamma$ and $\beta' = \beta$.
 
     The fold is computed in each forward, so weight, bias and running statistics stay BatchNorm's: a plain checkpoint
     loads before or after the swap, and undoing gives the same tensors back. On a fresh layer it is the identity.

@@ -28,7 +28,7 @@ class _Step(NamedTuple):
 
 
 class _MovingAverage(Variant):
-    """Normalises by averages over the last batches; see :class:`MovingAverage`."""
+    """Normalises by averages over the last batches; see [`bnkit.norms.MovingAverage`][]."""
 
     trains_by_statistics = True
 
@@ -137,29 +137,30 @@ class _Normalized(Function):
 
 
 class MovingAverageBatchNorm1d(_MovingAverage, nn.BatchNorm1d):
-    """Moving average batch normalization over (N, C) or (N, C, L); see :class:`MovingAverage`."""
+    """Moving average batch normalization over (N, C) or (N, C, L); see [`bnkit.norms.MovingAverage`][]."""
 
 
 class MovingAverageBatchNorm2d(_MovingAverage, nn.BatchNorm2d):
-    """Moving average batch normalization over (N, C, H, W); see :class:`MovingAverage`."""
+    """Moving average batch normalization over (N, C, H, W); see [`bnkit.norms.MovingAverage`][]."""
 
 
 class MovingAverageBatchNorm3d(_MovingAverage, nn.BatchNorm3d):
-    """Moving average batch normalization over (N, C, D, H, W); see :class:`MovingAverage`."""
+    """Moving average batch normalization over (N, C, D, H, W); see [`bnkit.norms.MovingAverage`][]."""
 
 
 @dataclass(frozen=True)
 class MovingAverage(Spec):
     r"""Normalization by second moments that are averaged over the last batches, forward and backward (MABN).
 
-    .. math::
-        z = \frac{x}{\sqrt{\bar\chi^2 + \epsilon}},\quad y = \gamma r z + \beta,\quad
-        \frac{\partial L}{\partial x} = \frac{1}{\sqrt{\bar\chi^2 + \epsilon}}
-        \left(\gamma r \frac{\partial L}{\partial y} - z \bar\Psi\right)
+    $$
+    z = \frac{x}{\sqrt{\bar\chi^2 + \epsilon}},\quad y = \gamma r z + \beta,\quad
+    \frac{\partial L}{\partial x} = \frac{1}{\sqrt{\bar\chi^2 + \epsilon}}
+    \left(\gamma r \frac{\partial L}{\partial y} - z \bar\Psi\right)
+    $$
 
-    with :math:`\chi^2 = E[x^2]` and :math:`\Psi = E[\gamma r z\, \partial L / \partial y]` per channel, the bar
-    their mean over the last ``window`` batches, and :math:`r = \mathrm{clip}_{[1/r_{max},
-    r_{max}]}(\sqrt{(\bar\chi^2 + \epsilon) / (running\_var + \epsilon)})` without gradient. No mean is subtracted:
+    with $\chi^2 = E[x^2]$ and $\Psi = E[\gamma r z\, \partial L / \partial y]$ per channel, the bar
+    their mean over the last ``window`` batches, and $r = \mathrm{clip}_{[1/r_{max},
+    r_{max}]}(\sqrt{(\bar\chi^2 + \epsilon) / (running\_var + \epsilon)})$ without gradient. No mean is subtracted:
     the weights of the convolution before are centred instead (each output channel's mean is taken away in each
     forward), under the same key.
 
@@ -173,7 +174,7 @@ class MovingAverage(Spec):
         saving it for plain BatchNorm.
 
     Training: until the window is full and ``warmup_steps`` have passed, both averages are the batch's own; until
-    ``renorm_steps`` have passed, r is 1. ``running_mean`` is 0 and ``running_var`` an average of :math:`\chi^2` by
+    ``renorm_steps`` have passed, r is 1. ``running_mean`` is 0 and ``running_var`` an average of $\chi^2$ by
     BatchNorm's rule and the layer's momentum (the paper's is 0.02 in torch's convention). The step and the two windows
     are buffers outside the state_dict, so a plain checkpoint loads; ``layer.averages`` gives them to a callback.
 

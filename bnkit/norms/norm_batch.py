@@ -18,12 +18,13 @@ __all__ = ["NormBatch"]
 class NormBatch(Spec):
     """Batch normalization over ``size`` samples, whatever the device's batch and the number of ranks.
 
-    It resolves to :class:`Ghost` below the device's batch, to plain BatchNorm at it and to :class:`Sync` over
-    sub-groups of ranks above it, and is resolved anew where one of these numbers changes.
+    It resolves to [`bnkit.norms.Ghost`][] below the device's batch, to plain BatchNorm at it and to
+    [`bnkit.norms.Sync`][] over sub-groups of ranks above it, and is resolved anew where one of these numbers changes.
 
     Warning:
         Below the device's batch, a size that does not divide it gives ghosts whose sizes differ by one, as
-        :class:`Ghost` has it. Above the global batch, no normalization by the batch can have that many samples.
+        [`bnkit.norms.Ghost`][] has it. Above the global batch, no normalization by the batch can have that many
+        samples.
 
     Training and inference: those of the layer it resolves to.
 
@@ -78,7 +79,7 @@ class NormBatch(Spec):
         """One line for the log: what the knob resolves to here, and why.
 
         Raises:
-            ValueError: as :meth:`resolve`.
+            ValueError: as ``resolve``.
         """
         batch, ranks = context.device_batch or 0, context.world_size
         spec = self.resolve(context)

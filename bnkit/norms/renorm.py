@@ -20,7 +20,7 @@ STEP = "_renorm_step"
 
 
 class _Renorm(Variant):
-    """Corrects the batch's statistics towards the running ones; see :class:`Renorm`."""
+    """Corrects the batch's statistics towards the running ones; see [`bnkit.norms.Renorm`][]."""
 
     trains_by_statistics = True
 
@@ -74,27 +74,28 @@ class _Renorm(Variant):
 
 
 class RenormBatchNorm1d(_Renorm, nn.BatchNorm1d):
-    """Batch renormalization over (N, C) or (N, C, L); see :class:`Renorm`."""
+    """Batch renormalization over (N, C) or (N, C, L); see [`bnkit.norms.Renorm`][]."""
 
 
 class RenormBatchNorm2d(_Renorm, nn.BatchNorm2d):
-    """Batch renormalization over (N, C, H, W); see :class:`Renorm`."""
+    """Batch renormalization over (N, C, H, W); see [`bnkit.norms.Renorm`][]."""
 
 
 class RenormBatchNorm3d(_Renorm, nn.BatchNorm3d):
-    """Batch renormalization over (N, C, D, H, W); see :class:`Renorm`."""
+    """Batch renormalization over (N, C, D, H, W); see [`bnkit.norms.Renorm`][]."""
 
 
 @dataclass(frozen=True)
 class Renorm(Spec):
     r"""Batch normalization whose output is, within bounds, what inference would give.
 
-    .. math::
-        y = \gamma \left(\frac{x - \mu_B}{\sigma_B} r + d\right) + \beta,\quad
-        r = \mathrm{clip}_{[1/r_{max}, r_{max}]}\left(\frac{\sigma_B}{\sigma}\right),\quad
-        d = \mathrm{clip}_{[-d_{max}, d_{max}]}\left(\frac{\mu_B - \mu}{\sigma}\right)
+    $$
+    y = \gamma \left(\frac{x - \mu_B}{\sigma_B} r + d\right) + \beta,\quad
+    r = \mathrm{clip}_{[1/r_{max}, r_{max}]}\left(\frac{\sigma_B}{\sigma}\right),\quad
+    d = \mathrm{clip}_{[-d_{max}, d_{max}]}\left(\frac{\mu_B - \mu}{\sigma}\right)
+    $$
 
-    with :math:`\mu` and :math:`\sigma = \sqrt{running\_var + \epsilon}` the running statistics before this batch, and
+    with $\mu$ and $\sigma = \sqrt{running\_var + \epsilon}$ the running statistics before this batch, and
     no gradient through r and d. Where neither is clipped, y is BatchNorm's inference.
 
     Warning:

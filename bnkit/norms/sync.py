@@ -20,7 +20,7 @@ __all__ = ["Sync", "SyncBatchNorm1d", "SyncBatchNorm2d", "SyncBatchNorm3d", "poo
 
 
 class _Sync(Scoped):
-    """Normalises by the statistics of a group of ranks; see :class:`Sync`."""
+    """Normalises by the statistics of a group of ranks; see [`bnkit.norms.Sync`][]."""
 
     waits_for_ranks = True
 
@@ -40,22 +40,22 @@ class _Sync(Scoped):
 
 
 class SyncBatchNorm1d(_Sync, nn.BatchNorm1d):
-    """Synchronized batch normalization over (N, C) or (N, C, L); see :class:`Sync`."""
+    """Synchronized batch normalization over (N, C) or (N, C, L); see [`bnkit.norms.Sync`][]."""
 
 
 class SyncBatchNorm2d(_Sync, nn.BatchNorm2d):
-    """Synchronized batch normalization over (N, C, H, W); see :class:`Sync`."""
+    """Synchronized batch normalization over (N, C, H, W); see [`bnkit.norms.Sync`][]."""
 
 
 class SyncBatchNorm3d(_Sync, nn.BatchNorm3d):
-    """Synchronized batch normalization over (N, C, D, H, W); see :class:`Sync`."""
+    """Synchronized batch normalization over (N, C, D, H, W); see [`bnkit.norms.Sync`][]."""
 
 
 @dataclass(frozen=True)
 class Sync(Spec):
     r"""Batch normalization over the batches of all ranks, or of groups of ``group_size`` consecutive ranks.
 
-    .. math:: y = \gamma \frac{x - \mu_G}{\sqrt{\sigma_G^2 + \epsilon}} + \beta
+    $$y = \gamma \frac{x - \mu_G}{\sqrt{\sigma_G^2 + \epsilon}} + \beta$$
 
     with mean and variance of all values on the group's ranks, pooled from each rank's count, mean and sum of squared
     deviations. Batches may differ in size, and a rank's batch may be empty.
@@ -63,7 +63,7 @@ class Sync(Spec):
     Warning:
         Every rank of a group must call the layer as often and in the same order, or the ranks wait for each other for
         ever. Sub-groups come to hold different running statistics, of which DistributedDataParallel keeps rank 0's:
-        call :func:`pool_running_statistics` before evaluating and before saving.
+        call [`bnkit.norms.pool_running_statistics`][] before evaluating and before saving.
 
     Training: one collective forward (2C + 1 numbers a rank), one backward (2C numbers). Gradients of weight and bias
     are the rank's own, as DistributedDataParallel expects; their sum over the ranks is that of one process with the

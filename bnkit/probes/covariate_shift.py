@@ -21,7 +21,7 @@ class CovariateShift(NamedTuple):
     r"""How the gradient of a layer changes by the step of the layers before it.
 
     Attributes:
-        norm: :math:`\|G - G'\|_2`, >= 0; 0 where there is no shift.
+        norm: $\|G - G'\|_2$, >= 0; 0 where there is no shift.
         cosine: of the angle between G and G', -1 to 1; 1 where there is no shift, NaN where one of them is 0.
     """
 
@@ -40,11 +40,12 @@ def internal_covariate_shift(
 ) -> dict[str, CovariateShift]:
     r"""How much the step of the layers before it changes a layer's gradient, on the same batch.
 
-    .. math::
-        G_i = \nabla_{W_i} L(W_1, \dots, W_k), \qquad
-        G'_i = \nabla_{W_i} L(W_1^{+}, \dots, W_{i-1}^{+}, W_i, \dots, W_k)
+    $$
+    G_i = \nabla_{W_i} L(W_1, \dots, W_k), \qquad
+    G'_i = \nabla_{W_i} L(W_1^{+}, \dots, W_{i-1}^{+}, W_i, \dots, W_k)
+    $$
 
-    with :math:`W` the weights before an optimizer's step and :math:`W^{+}` those after it.
+    with $W$ the weights before an optimizer's step and $W^{+}$ those after it.
 
     A layer here is what the parameters between two BatchNorm layers are, in order of registration, the second one's
     included, and has that one's name. Parameters behind the last BatchNorm are in no layer; one that is used in several
@@ -54,7 +55,7 @@ def internal_covariate_shift(
     and run without autocast. Compiled models run eagerly meanwhile. Layers that are synchronized over ranks wait for
     the other ranks, which must call this too; gradients are this rank's.
 
-    The cost: a forward and a backward for each layer, and one more. To probe fewer, see :func:`evenly`.
+    The cost: a forward and a backward for each layer, and one more. To probe fewer, see [`bnkit.probes.evenly`][].
 
     Args:
         model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
@@ -75,7 +76,7 @@ def internal_covariate_shift(
 
     Source: Santurkar, Tsipras, Ilyas, Madry, "How Does Batch Normalization Help Optimization?", 2018, definition 2.1.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
         >>> before = {name: value.detach().clone() for name, value in model.named_parameters()}
         >>> after = {name: value + 0.1 for name, value in before.items()}
@@ -123,7 +124,7 @@ def evenly(names: Sequence[str], at_most: int) -> list[str]:
     Raises:
         ValueError: where ``at_most`` is less than 1.
 
-    Example:
+    Examples:
         >>> evenly("abcdef", 3)
         ['b', 'd', 'f']
     """

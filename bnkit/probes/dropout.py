@@ -17,19 +17,19 @@ def dropout_variance_shift(
 ) -> dict[str, Tensor]:
     r"""How much more variance a layer meets in training than without dropout, on the same batch and weights.
 
-    .. math:: \ln\frac{\sigma_{dropout}^2 + \epsilon}{\sigma^2 + \epsilon}
+    $$\ln\frac{\sigma_{dropout}^2 + \epsilon}{\sigma^2 + \epsilon}$$
 
     Dropout upstream changes the variance that the running statistics learn, but is off at inference.
 
     Args:
-        training: layer name -> what it met with dropout on: Moments, such as those of :func:`bnkit.observe`, or mean
+        training: layer name -> what it met with dropout on: Moments, such as those of [`bnkit.observe`][], or mean
             and variance, each of shape (C,).
-        without: layer name -> the same with dropout off, such as :attr:`GapReport.seen`.
+        without: layer name -> the same with dropout off, such as ``GapReport.seen``.
         eps: the layers' eps.
 
     Returns:
         Layer name -> shape (C,), float64, for the layers that are in both: 0 where no dropout is upstream. It is minus
-        the logarithm of the paper's shift ratio :math:`Var^{Test} / Var^{Train}`.
+        the logarithm of the paper's shift ratio $Var^{Test} / Var^{Train}$.
 
     Raises:
         ValueError: where no layer is in both, or a layer's channels differ.
@@ -37,7 +37,7 @@ def dropout_variance_shift(
     Source: Li, Chen, Hu, Yang, "Understanding the Disharmony between Dropout and Batch Normalization by Variance
     Shift", 2018, section 3.
 
-    Example:
+    Examples:
         >>> one = Moments(8, torch.zeros(1), torch.ones(1))
         >>> dropout_variance_shift({"bn": (torch.zeros(1), torch.ones(1) * 2)}, {"bn": one}, eps=0)
         {'bn': tensor([0.6931], dtype=torch.float64)}

@@ -21,7 +21,7 @@ from bnkit.stand_ins import stand_ins
 __all__ = ["GapReport", "Loss", "default_loss", "train_eval_gap"]
 
 Loss = Callable[[Any, Any], Tensor]
-"""A function of (output, batch) for :func:`train_eval_gap`, of (model, batch) for ``internal_covariate_shift``."""
+"""A function of (output, batch) for ``train_eval_gap``, of (model, batch) for ``internal_covariate_shift``."""
 
 
 class GapReport(NamedTuple):
@@ -66,7 +66,7 @@ def train_eval_gap(
         model: any module with layers of the ``torch.nn.BatchNorm*`` family; DistributedDataParallel and torch.compile
             wrappers are looked through.
         batch: one batch, as the loader gives it.
-        forward: how to run the model on it, as in :func:`bnkit.recalibrate`.
+        forward: how to run the model on it, as in [`bnkit.recalibrate`][].
         loss: function of (output, batch) to a scalar tensor. Default: cross-entropy where the batch is (input, integer
             targets) and these are classes of an output (N, C, …); mean squared error where the targets are floating and
             of the output's shape; else unknown.
@@ -75,7 +75,7 @@ def train_eval_gap(
         ValueError: for a model without BatchNorm layers, or a batch that leaves one a single value per channel.
         TypeError: for a batch that the default forward cannot feed, or a scripted model.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
         >>> batch = torch.randn(64, 3), torch.randint(2, (64,))

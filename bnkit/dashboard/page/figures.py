@@ -35,7 +35,7 @@ def heatmap(history: RunHistory, prefix: str = "bn_shift") -> go.Figure:
 
     Args:
         history: of the run.
-        prefix: the measure, a prefix of :data:`bnkit.dashboard.keys.LAYER_KEYS`.
+        prefix: the measure, a prefix of [`bnkit.dashboard.keys.LAYER_KEYS`][].
     """
     layers = history.layers(prefix)
     if not any(layers.values()):
@@ -70,7 +70,7 @@ def worst_layers(history: RunHistory, prefix: str = "bn_shift", number: int = 8)
 
     Args:
         history: of the run.
-        prefix: the measure, a prefix of :data:`bnkit.dashboard.keys.LAYER_KEYS`.
+        prefix: the measure, a prefix of [`bnkit.dashboard.keys.LAYER_KEYS`][].
         number: layers, at most.
     """
     layers = history.layers(prefix)
@@ -99,7 +99,7 @@ def lines(history: RunHistory, series: Mapping[str, str], unit: str = "") -> go.
 
     Args:
         history: of the run.
-        series: key in :attr:`RunHistory.metrics` -> name in the legend; those without a value are left out.
+        series: key in ``RunHistory.metrics`` -> name in the legend; those without a value are left out.
         unit: of all of them.
     """
     found = {name: history.metrics[key] for key, name in series.items() if history.metrics.get(key)}

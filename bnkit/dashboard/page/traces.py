@@ -45,7 +45,7 @@ def trace(name: str, points: Sequence[tuple[int, float]], columns: int = MAX_POI
 
 
 def dots(names: Sequence[str], values: Sequence[Any], unit: str, what: str) -> dict[str, Any]:
-    """A dot a layer, at the layer's place on :func:`bnkit.dashboard.page.frame.axis_of_layers`."""
+    """A dot a layer, at the layer's place on ``bnkit.dashboard.page.frame.axis_of_layers``."""
     known = [(row, value) for row, value in enumerate(values) if value is not None]
     return {
         "type": "scatter",

@@ -16,7 +16,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def number(value: Cell) -> str:
     """A cell in words: three significant digits, no needless exponent, and never a 0 for what is not known.
 
-    Example:
+    Examples:
         >>> [number(value) for value in (0.12345, 12345.6, 1200, True, None)]
         ['0.123', '12,346', '1,200', 'yes', 'unknown']
     """
@@ -48,7 +48,7 @@ def _real(value: float) -> str:
 def percent(value: float | None) -> str:
     """A fraction in per cent.
 
-    Example:
+    Examples:
         >>> percent(0.0345), percent(0.0), percent(None)
         ('3.45 %', '0 %', 'unknown')
     """
@@ -58,7 +58,7 @@ def percent(value: float | None) -> str:
 def count(of: int, one: str, many: str | None = None) -> str:
     """A count and its noun.
 
-    Example:
+    Examples:
         >>> count(1, "layer"), count(3, "layer"), count(0, "alarm")
         ('1 layer', '3 layers', 'no alarms')
     """
