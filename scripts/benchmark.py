@@ -2,9 +2,13 @@
 
 Usage::
 
-    python scripts/benchmark.py                              # monitor: about two minutes on a CPU
-    python scripts/benchmark.py depths=[12,12,12,13]         # 102 BatchNorm layers
-    python scripts/benchmark.py batch_size=64 pixels=28 rounds=40
+    bnkit-benchmark                              # the monitor, at 20 and at 102 BatchNorm layers
+    bnkit-benchmark bench=recalibration          # also ghost, sync, swap, import, scaling
+    bnkit-benchmark bench=all output_markdown=benchmarks.md
+    bnkit-benchmark depths=[2,2,2,2] pixels=28 batch_size=64 rounds=40
+    bnkit-benchmark --help                       # every value
+
+Or ``python scripts/benchmark.py``, which needs no installed command.
 """
 
 from __future__ import annotations
@@ -12,12 +16,12 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from bnkit.benchmarks import run
-
 
 @hydra.main(version_base="1.3", config_path="pkg://bnkit.conf", config_name="benchmark")
 def main(cfg: DictConfig) -> None:
-    """Measure, print a table and write it as JSON."""
+    """Measure, print tables, and write them as JSON and as pictures."""
+    from bnkit.benchmarks import run  # only now: --help need not wait for torch
+
     run(cfg)
 
 

@@ -51,7 +51,7 @@ FLOORS = (
         "torch, torchmetrics",
         ("torch", "torchmetrics"),
         (
-            Box("", ("recalibration", "targets", "collection", "totals", "report", "stand_ins")),
+            Box("", ("recalibration", "targets", "collection", "current_batch", "totals", "report", "stand_ins")),
             Box("", ("swapping", "rules", "conversion", "preceding")),
             Box("the measures", ("shift", "metrics")),
             Box("every layer, every step", ("monitoring", "probes")),

@@ -2,8 +2,7 @@ import time
 
 import pytest
 
-from bnkit.benchmarks import table
-from bnkit.benchmarks.timing import Timings, interleave
+from bnkit.benchmarks.timing import Candidate, Ratio, Timings, interleave, slope
 
 
 def test_every_candidate_runs_once_a_round_in_changing_order():
@@ -17,6 +16,15 @@ def test_every_candidate_runs_once_a_round_in_changing_order():
     assert all(len(seconds) == 20 for seconds in (*timings.cpu.values(), *timings.wall.values()))
 
 
+def test_what_is_prepared_is_prepared_each_time_and_not_timed():
+    ran = []
+    own = Candidate(lambda: ran.append("run"), lambda: (ran.append("prepare"), time.sleep(0.05)))
+    idle = Candidate(lambda: time.sleep(0.05))
+    timings = interleave({"own": own, "idle": idle}, baseline="idle", rounds=3, warmup=0)
+    assert ran == ["prepare", "run"] * 3
+    assert timings.ratio("own", "wall").high < 1
+
+
 def test_ratios_are_taken_within_a_round():
     # The machine was ten times slower in the second round, for both.
     timings = Timings(
@@ -25,6 +33,7 @@ def test_ratios_are_taken_within_a_round():
     ratio = timings.ratio("own")
     assert (ratio.median, ratio.low, ratio.high) == (2.0, 2.0, 2.0)
     assert timings.ratio("own", "wall").median == 3.0
+    assert timings.ratio("base", "cpu", over="own").median == 0.5
 
 
 def test_the_spread_is_from_the_5th_to_the_95th_percentile():
@@ -52,7 +61,22 @@ def test_the_result_has_ratios_and_no_seconds():
             }
         },
     }
-    assert "2.000 (2.000 to 2.000)" in table(timings)
+
+
+@pytest.mark.parametrize("exponent", [-0.5, 0.0, 1.0, 2.0])
+def test_the_exponent_of_a_power_is_found_whatever_its_factor(exponent):
+    sizes = [10, 30, 100, 1000]
+    rounds = [[3 * size**exponent, 7 * size**exponent] for size in sizes]
+    assert slope(sizes, rounds) == Ratio(*[pytest.approx(exponent, abs=1e-12)] * 3)
+
+
+def test_the_spread_of_an_exponent_is_that_of_the_rounds():
+    fitted = slope([1, 10], [[1.0, 1.0, 1.0], [1.0, 10.0, 100.0]])
+    assert (fitted.median, fitted.low, fitted.high) == (
+        pytest.approx(1.0),
+        pytest.approx(0.1),
+        pytest.approx(1.9),
+    )
 
 
 @pytest.mark.parametrize(("baseline", "rounds"), [("other", 1), ("own", 0)])
