@@ -506,15 +506,15 @@ def test_a_registered_class_is_swapped_with_what_it_does_beside(compiled):
     model.load_state_dict(reference.state_dict())
     swap(model, Ghost(2))
     swap(reference, Ghost(2))
-    assert torch.equal(run(x), reference(x))
+    torch.testing.assert_close(run(x), reference(x))  # compiled, ghosts are computed by other operations
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin.eval()(x), reference.eval()(x))
+        torch.testing.assert_close(twin.eval()(x), reference.eval()(x))
         assert bnkit.revert(twin) == ["1"]
         assert type(twin[1]) is BatchNormAct2d
     bnkit.revert(model)
     bnkit.revert(reference.train())
     assert type(model[1]) is BatchNormAct2d
-    assert torch.equal(run(x), reference(x))
+    torch.testing.assert_close(run(x), reference(x))
 
 
 def test_a_pickle_that_needs_an_adapter_says_so():

@@ -78,7 +78,7 @@ class Variant(_BatchNorm):
                     factor = self.num_batches_tracked.to(mean.dtype).reciprocal()
             for running, batch in ((self.running_mean, mean), (self.running_var, unbiased_var)):
                 if running is not None and running.dtype == batch.dtype:
-                    running.mul_(1 - factor).add_(batch * factor)
+                    running.lerp_(batch, factor)
                 elif running is not None:
                     running.copy_(running.to(batch.dtype) * (1 - factor) + batch * factor)
 
@@ -139,8 +139,12 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
     if x.numel() == 0:
         zero = x.new_zeros(x.shape[1], dtype=accumulation_dtype(x))
         return zero, zero.clone(), 0
-    count = x.numel() // x.shape[1]
-    var, mean = torch.var_mean(x.detach().to(accumulation_dtype(x)), _all_but_channel(x), correction=0)
+    count, values = x.numel() // x.shape[1], x.detach().to(accumulation_dtype(x))
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # BatchNorm's own first half: as exact as plain BatchNorm is, and several times faster than var_mean here.
+        mean, var = torch.batch_norm_update_stats(values, None, None, 1.0)
+    else:
+        var, mean = torch.var_mean(values, _all_but_channel(x), correction=0)
     return mean, var, count
 
 

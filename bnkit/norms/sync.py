@@ -13,7 +13,15 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit.norms import process_groups
-from bnkit.norms.base import Scoped, batch_statistics, gradient_sums, normalize_by, per_channel, uncompiled
+from bnkit.norms.base import (
+    Scoped,
+    accumulation_dtype,
+    batch_statistics,
+    gradient_sums,
+    normalize_by,
+    per_channel,
+    uncompiled,
+)
 from bnkit.norms.spec import Context, Spec
 
 __all__ = ["Sync", "SyncBatchNorm1d", "SyncBatchNorm2d", "SyncBatchNorm3d", "pool_running_statistics"]
@@ -135,8 +143,11 @@ class _Synchronized(Function):
             mean_scaled, mean_plain = (sums / total.clamp(min=1)).to(mean.dtype).chunk(2)
             inverse = (var + ctx.eps).rsqrt()
             factor = inverse if weight is None else inverse * weight
-            correction = (x - per_channel(mean, x)) * per_channel(inverse * mean_scaled, x)
-            grad_x = ((grad - per_channel(mean_plain, x) - correction) * per_channel(factor, x)).to(x.dtype)
+            # factor * (grad - mean_plain - mean_scaled * (x - mean) * inverse) in two passes; what is taken off grad is
+            # itself a normalization of x.
+            wide = x.to(accumulation_dtype(x))
+            taken_off = normalize_by(wide, mean, var, -factor * mean_scaled, -factor * mean_plain, ctx.eps)
+            grad_x = taken_off.addcmul_(grad, per_channel(factor.to(wide.dtype), x)).to(x.dtype)
         grad_weight = scaled.to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = plain.to(weight.dtype if weight is not None else plain.dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None
