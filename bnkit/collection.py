@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit import ranks
+from bnkit.current_batch import CurrentBatch, Reached
 from bnkit.feeding import Forward, feed, samples_in
 from bnkit.layers import batch_norm_layers, keeps_forward, tracks_statistics
 from bnkit.moments import Moments
 from bnkit.norms import Variant
 from bnkit.observation import Source, reading
 from bnkit.stand_ins import is_foreign, waits_for_ranks
-from bnkit.totals import Reached, Totals
+from bnkit.totals import Totals
 
 __all__ = ["Collected", "Collector", "kinds"]
 
@@ -77,14 +78,15 @@ class Collector:
             # An update by 1 leaves the batch's statistics alone in the running ones. An update by 0 leaves those alone,
             # which another forward than torch's own may normalise by.
             layer.momentum = 1.0 if keeps_forward(layer) or is_foreign(layer) else 0.0
-        state = Totals(layers, ends_forward=calls == 1)
+        current = CurrentBatch(layers, ends_forward=calls == 1)
+        totals = Totals(sum(layer.num_features for layer in layers.values()))
         lockstep = any(waits_for_ranks(layer) for layer in layers.values() if layer.training)
         samples = batches = skipped = skipped_samples = own_batches = 0
         iterator: Iterator[Any] | None = None
         failure: BaseException | None = None
         batch: Any = None
         with (
-            reading(layers, state.record, by_input=state.wants_input, glance=state.glance),
+            reading(layers, current.record, by_input=current.wants_input, before=current.before, glance=current.glance),
             self._bar(label) as bar,
         ):
             while True:
@@ -106,10 +108,10 @@ class Collector:
                     break
                 if self.max_samples is not None and batches and samples + arriving > self.max_samples:
                     break
-                if self.tolerance is not None and batches and self._is_known(state.pooled, self.tolerance):
+                if self.tolerance is not None and batches and self._is_known(totals.pooled, self.tolerance):
                     break
                 if has_batch:
-                    state.begin()
+                    current.begin()
                     try:
                         with suppress(Reached):
                             feed(self.model, batch, own_batches, self.forward)
@@ -119,7 +121,7 @@ class Collector:
                             raise
                         failure = error
                     try:
-                        if failure is None and not self._add(state, own_batches):
+                        if failure is None and not self._add(current, totals, own_batches):
                             skipped, skipped_samples = skipped + 1, skipped_samples + samples_in(batch)
                     except BaseException as error:
                         failure = error
@@ -134,12 +136,12 @@ class Collector:
             raise ValueError(
                 f"Every one of the {batches} batches gave a statistic that is not finite: look at the data."
             )
-        merged = state.pooled.all_reduce(self.process_group).split([layer.num_features for layer in layers.values()])
+        merged = totals.pooled.all_reduce(self.process_group).split([layer.num_features for layer in layers.values()])
         reached = {name: moments for name, moments in zip(layers, merged, strict=True) if moments.count > 0}
-        unknown = set().union(*ranks.all_gather_object(state.unknown, self.process_group))
+        unknown = set().union(*ranks.all_gather_object(current.unknown, self.process_group))
         for name in unknown:
             reached.pop(name, None)
-        return Collected(reached, state.sources, unknown, samples - skipped_samples, batches - skipped, skipped)
+        return Collected(reached, current.sources, unknown, samples - skipped_samples, batches - skipped, skipped)
 
     def order(self, layers: Mapping[str, _BatchNorm]) -> dict[str, int]:
         """The layers in the order in which a forward of the first batch reaches them -> calls in that forward."""
@@ -167,14 +169,14 @@ class Collector:
             merged |= {name: max(number, merged.get(name, 0)) for name, number in theirs.items()}
         return merged
 
-    def _add(self, state: Totals, index: int) -> bool:
+    def _add(self, current: CurrentBatch, totals: Totals, index: int) -> bool:
         """Pool what the layers normalised in the forward; False where that was not finite and is left out."""
-        culprit = state.nonfinite()
+        culprit = current.nonfinite()
         if culprit is None:
-            state.add()
+            totals.add(*current.gathered())
             return True
         if self.skip_nonfinite:
-            state.discard()
+            current.discard()
             return False
         raise FloatingPointError(
             f"Batch {index} gives the BatchNorm layer {culprit!r} statistics that are not finite: look for NaN or "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,17 +13,24 @@ from torch.nn.parameter import is_lazy
 __all__ = ["batch_norm_layers", "keeps_forward", "tracks_statistics", "unwrap"]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own model inside the wrappers of DistributedDataParallel, DataParallel, torch.compile and Fabric."""
+def unwrap(model: Any) -> nn.Module:
+    """The user's own model inside the wrappers of DistributedDataParallel, DataParallel, torch.compile and Fabric.
+
+    Raises:
+        TypeError: what is given is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The model must be a torch.nn.Module, and it comes first; it is a {type(model).__name__}.")
+    inner: nn.Module = model
     while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-        elif "_forward_module" in model._modules and "_original_module" in model._modules:  # Lightning Fabric's
-            model = model._modules["_original_module"]  # type: ignore[assignment]
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
+        if isinstance(inner, DistributedDataParallel | DataParallel):
+            inner = inner.module
+        elif "_forward_module" in inner._modules and "_original_module" in inner._modules:  # Lightning Fabric's
+            inner = inner._modules["_original_module"]  # type: ignore[assignment]
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod  # type: ignore[assignment]
         else:
-            return model
+            return inner
 
 
 def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -44,7 +53,8 @@ def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
                 "hand over the model as it was before torch.jit.script or torch.jit.trace."
             )
         if isinstance(module, _BatchNorm):
-            if any(is_lazy(tensor) for tensor in (*module.parameters(False), *module.buffers(False))):
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
                 raise ValueError(
                     f"The lazy layer {name!r} has no channels yet: run one forward to materialise it first."
                 )

@@ -131,18 +131,6 @@ class Moments:
         packed = torch.stack([part._packed().to(device) for part in parts], dim=1)
         return _pool_packed(packed, per_channel)
 
-    @classmethod
-    def pool_stacked(cls, counts: Tensor, means: Tensor, variances: Tensor, batches: Tensor) -> Moments:
-        """The Moments of several parts, one a row: the same as ``pool``, with less ado for each of them.
-
-        Args:
-            counts: values per channel, float64, shape (parts, C), as all of them.
-            means: by part and channel.
-            variances: biased, by part and channel.
-            batches: how many each part is, or a share of one.
-        """
-        return _pool_packed(torch.stack([counts, means, variances, batches, torch.zeros_like(counts)]), True)
-
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented

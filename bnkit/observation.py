@@ -41,7 +41,7 @@ class Reading(NamedTuple):
 
 
 Record = Callable[[str, Reading, Tensor], None]
-Glance = Callable[[str, Any], bool]
+Glance = Callable[[str, _BatchNorm, Tensor], bool]
 
 
 class Observation(dict[str, Moments]):
@@ -114,6 +114,7 @@ def reading(
     record: Record,
     *,
     by_input: Callable[[str], bool] = lambda _: False,
+    before: Callable[[str], None] | None = None,
     glance: Glance | None = None,
 ) -> Iterator[None]:
     """Call ``record`` with a ``Reading`` after every call of these layers, until the block ends.
@@ -122,58 +123,44 @@ def reading(
         layers: the layers by name.
         record: called with the layer's name, what it normalised, and its input.
         by_input: asked at every call: reduce this layer's input, even if its own statistics could be read?
-        glance: asked before every call, with the layer's name and its first positional argument, if there is one: is it
-            enough to know that the layer was called with this? Then that call is not recorded. Default: never.
+        before: called with the layer's name before every call, repeated and failing ones too. Default: nothing.
+        glance: asked after every call, with the layer's name, the layer and its input: is it enough to know that it was
+            called with this? Then that call is not recorded. Default: never.
     """
-    hooks = {name: _hook(name, record, by_input, once=glance is not None) for name in layers}
-
-    def read_the_next_call(layer: _BatchNorm, name: str) -> None:
-        # First among the layer's hooks: another may replace the output.
-        layer.register_forward_hook(hooks[name], with_kwargs=True, prepend=True)
-
-    def before(name: str, glance: Glance) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            assert isinstance(layer, _BatchNorm)
-            if not _in_backward() and not glance(name, args[0] if args else None):
-                read_the_next_call(layer, name)
-
-        return hook
-
-    glances = {name: before(name, glance) for name in layers} if glance is not None else {}
+    hooks = {name: _hook(name, record, by_input, glance) for name in layers}
+    pre_hooks = {} if before is None else {name: _pre_hook(name, before) for name in layers}
 
     def undo() -> None:
+        # By the function, not by its handle: Ctrl-C may come between a registration and the handle's assignment.
         for name, layer in layers.items():
-            _remove(layer, hooks[name])
-            for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is glances.get(name)]:
+            for key in [key for key, hook in layer._forward_hooks.items() if hook is hooks[name]]:
+                layer._forward_hooks_with_kwargs.pop(key, None)
+                layer._forward_hooks.pop(key)
+            for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is pre_hooks.get(name)]:
                 layer._forward_pre_hooks.pop(key)
 
     with undoing(undo):
         for name, layer in layers.items():
-            if glances:
-                layer.register_forward_pre_hook(glances[name])
-            else:
-                read_the_next_call(layer, name)
+            if name in pre_hooks:
+                layer.register_forward_pre_hook(pre_hooks[name])
+            # First among the layer's hooks: another may replace the output.
+            layer.register_forward_hook(hooks[name], with_kwargs=True, prepend=True)
         yield
 
 
-def _remove(layer: _BatchNorm, wanted: object) -> None:
-    # By the function, not by its handle: Ctrl-C may come between a registration and the handle's assignment.
-    for key in [key for key, hook in layer._forward_hooks.items() if hook is wanted]:
-        layer._forward_hooks_with_kwargs.pop(key, None)
-        layer._forward_hooks.pop(key)
+def _pre_hook(name: str, before: Callable[[str], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda *_: before(name)
 
 
 def _hook(
-    name: str, record: Record, by_input: Callable[[str], bool], *, once: bool
+    name: str, record: Record, by_input: Callable[[str], bool], glance: Glance | None
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert isinstance(layer, _BatchNorm)
-        if once:
-            _remove(layer, hook)
         x = args[0] if args else kwargs.get("input")
         if _in_backward() or not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != layer.num_features:
             return  # repeated by activation checkpointing, or nothing that can be known
-        if x.numel() == 0:
+        if x.numel() == 0 or (glance is not None and glance(name, layer, x)):
             return
         record(name, _read(layer, x, output, by_input(name)), x)
 

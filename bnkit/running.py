@@ -47,7 +47,7 @@ def write_statistics(model: nn.Module, statistics: Statistics) -> None:
                     f"The layer {name!r} has {len(buffer)} channels, but the statistics are of {len(value)}."
                 )
             cast = value.to(buffer.dtype)
-            if bool((cast.isinf() & value.isfinite()).any()):
+            if bool(cast.isinf().any()) and bool((cast.isinf() & value.isfinite()).any()):
                 raise ValueError(
                     f"The statistics of layer {name!r} are too large for its {buffer.dtype} buffers: "
                     "keep the model's BatchNorm layers in float32."

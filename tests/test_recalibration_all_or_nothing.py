@@ -183,9 +183,12 @@ def test_one_value_per_channel_names_batch_and_cure():
     "options",
     [
         {"max_samples": 0},
+        {"max_samples": "all"},
         {"tolerance": 0},
+        {"tolerance": "1%"},
         {"tolerance": float("nan")},
         {"prior_samples": -1},
+        {"prior_samples": "many"},
         {"prior_samples": float("inf")},
         {"consistency": "layer"},
         {"on_nonfinite": "ignore"},
@@ -207,6 +210,11 @@ def test_a_prior_that_is_not_finite_is_refused():
 def test_a_model_without_batch_norm_is_refused():
     with pytest.raises(ValueError, match="Linear has no BatchNorm layers"):
         bnkit.recalibrate(nn.Linear(2, 2), [torch.randn(2, 2)])
+
+
+def test_arguments_in_the_wrong_order_are_told():
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, and it comes first; it is a list"):
+        bnkit.recalibrate(inputs(), ConvNet())
 
 
 def test_a_scripted_or_lazy_model_is_refused():

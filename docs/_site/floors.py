@@ -72,7 +72,7 @@ FLOORS = (
         (
             Box("the reference job", ("training",), 2),
             Box("what it costs", ("benchmarks",)),
-            Box("Hydra apps and their configs", ("scripts", "conf", "resolvers"), 2),
+            Box("Hydra apps and their configs", ("scripts", "conf", "resolvers", "mistakes"), 2),
         ),
     ),
 )
