@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -230,20 +231,22 @@ def _layer_report(
     )
 
 
-def check_arguments(
-    max_samples: int | None, tolerance: float | None, prior_samples: float, consistency: str, on_nonfinite: str
-) -> None:
+def check_arguments(max_samples: Any, tolerance: Any, prior_samples: Any, consistency: str, on_nonfinite: str) -> None:
     """Raise a ValueError for an argument of [`bnkit.recalibrate`][] that is out of its range."""
-    if max_samples is not None and max_samples < 1:
+    if max_samples is not None and not (_is_number(max_samples) and max_samples >= 1):
         raise ValueError(f"max_samples must be at least 1, or None for all, but is {max_samples!r}.")
-    if tolerance is not None and not 0 < tolerance < math.inf:
+    if tolerance is not None and not (_is_number(tolerance) and 0 < tolerance < math.inf):
         raise ValueError(f"tolerance must be a positive fraction of the standard deviation, but is {tolerance!r}.")
-    if not 0 <= prior_samples < math.inf:
+    if not (_is_number(prior_samples) and 0 <= prior_samples < math.inf):
         raise ValueError(f"prior_samples must be a number of samples, 0 or more, but is {prior_samples!r}.")
     if consistency not in ("batch", "population"):
         raise ValueError(f'consistency must be "batch" or "population", but is {consistency!r}.')
     if on_nonfinite not in ("raise", "skip"):
         raise ValueError(f'on_nonfinite must be "raise" or "skip", but is {on_nonfinite!r}.')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
 
 
 def _check_prior(before: Mapping[str, tuple[Tensor, Tensor]], prior_samples: float) -> None:

@@ -57,6 +57,8 @@ def _copy(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
         for name, value in module.__dict__.items():
             if name.endswith("_hooks") and isinstance(value, dict):
                 copy.__dict__[name] = OrderedDict()
+            elif type(value) in (list, dict, set):  # a forward may collect in it what is no tensor here
+                copy.__dict__[name] = value.copy()
         copy.__dict__["_buffers"] = {n: None if b is None else b.detach().clone() for n, b in module._buffers.items()}
         copy.__dict__["_modules"] = {
             name: None if child is None else _copy(child, made) for name, child in module._modules.items()

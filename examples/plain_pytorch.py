@@ -78,8 +78,8 @@ def main() -> None:
         for x, y in train_loader:
             monitor.before()
             loss = F.cross_entropy(model(x), y)
-            snapshot = monitor.after(step, samples=len(x))
-            for alarm in snapshot.alarms if snapshot else ():
+            monitor.after(step, samples=len(x))
+            for alarm in monitor.new_alarms():
                 print(f"step {alarm.step}: {alarm.message}")
             optimizer.zero_grad()
             loss.backward()

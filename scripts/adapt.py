@@ -15,13 +15,16 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from bnkit.mistakes import told_plainly
+
 
 @hydra.main(version_base="1.3", config_path="pkg://bnkit.conf", config_name="adapt")
 def main(cfg: DictConfig) -> None:
     """Train and test what has no result yet, and print the tables."""
-    from bnkit.training import run_adaptation  # only now: --help need not wait for Lightning
+    with told_plainly():
+        from bnkit.training import run_adaptation  # only now: --help need not wait for Lightning
 
-    run_adaptation(cfg)
+        run_adaptation(cfg)
 
 
 if __name__ == "__main__":

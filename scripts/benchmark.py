@@ -16,13 +16,16 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from bnkit.mistakes import told_plainly
+
 
 @hydra.main(version_base="1.3", config_path="pkg://bnkit.conf", config_name="benchmark")
 def main(cfg: DictConfig) -> None:
     """Measure, print tables, and write them as JSON and as pictures."""
-    from bnkit.benchmarks import run  # only now: --help need not wait for torch
+    with told_plainly():
+        from bnkit.benchmarks import run  # only now: --help need not wait for torch
 
-    run(cfg)
+        run(cfg)
 
 
 if __name__ == "__main__":

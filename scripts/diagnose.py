@@ -15,13 +15,16 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from bnkit.mistakes import told_plainly
+
 
 @hydra.main(version_base="1.3", config_path="pkg://bnkit.conf", config_name="diagnose")
 def main(cfg: DictConfig) -> None:
     """Print the findings."""
-    from bnkit.training.diagnosis import diagnose_config  # only now: --help need not wait for Lightning
+    with told_plainly():
+        from bnkit.training.diagnosis import diagnose_config  # only now: --help need not wait for Lightning
 
-    diagnose_config(cfg)
+        diagnose_config(cfg)
 
 
 if __name__ == "__main__":

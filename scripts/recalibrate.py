@@ -15,13 +15,16 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from bnkit.mistakes import told_plainly
+
 
 @hydra.main(version_base="1.3", config_path="pkg://bnkit.conf", config_name="recalibrate")
 def main(cfg: DictConfig) -> None:
     """Write the recalibrated checkpoint."""
-    from bnkit.training import recalibrate_checkpoint  # only now: --help need not wait for Lightning
+    with told_plainly():
+        from bnkit.training import recalibrate_checkpoint  # only now: --help need not wait for Lightning
 
-    recalibrate_checkpoint(cfg)
+        recalibrate_checkpoint(cfg)
 
 
 if __name__ == "__main__":

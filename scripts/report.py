@@ -18,16 +18,19 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from bnkit.mistakes import told_plainly
+
 
 @hydra.main(version_base="1.3", config_path="pkg://bnkit.conf", config_name="report")
 def main(cfg: DictConfig) -> None:
     """Write the page."""
-    from bnkit.dashboard.report import FILE_NAME, write_report  # only now: --help need not wait for Plotly
-    from bnkit.dashboard.sources import read
+    with told_plainly():
+        from bnkit.dashboard.report import FILE_NAME, write_report  # only now: --help need not wait for Plotly
+        from bnkit.dashboard.sources import read
 
-    run = Path(cfg.run)
-    output = Path(cfg.output) if cfg.output is not None else (run if run.is_dir() else run.parent) / FILE_NAME
-    logging.getLogger(__name__).info("Report: %s", write_report(read(run), output))
+        run = Path(cfg.run)
+        output = Path(cfg.output) if cfg.output is not None else (run if run.is_dir() else run.parent) / FILE_NAME
+        logging.getLogger(__name__).info("Report: %s", write_report(read(run), output))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,16 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from bnkit.mistakes import told_plainly
+
 
 @hydra.main(version_base="1.3", config_path="pkg://bnkit.conf", config_name="study")
 def main(cfg: DictConfig) -> None:
     """Run what has no result yet, and print the table."""
-    from bnkit.training import run_study  # only now: --help need not wait for Lightning
+    with told_plainly():
+        from bnkit.training import run_study  # only now: --help need not wait for Lightning
 
-    run_study(cfg)
+        run_study(cfg)
 
 
 if __name__ == "__main__":

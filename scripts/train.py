@@ -18,13 +18,17 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from bnkit.mistakes import names_missing_plugins, told_plainly
 
+
+@names_missing_plugins
 @hydra.main(version_base="1.3", config_path="pkg://bnkit.conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Run the job; return the metric that a hyperparameter search maximises."""
-    from bnkit.training import run  # only now: --help need not wait for Lightning
+    with told_plainly():
+        from bnkit.training import run  # only now: --help need not wait for Lightning
 
-    return run(cfg).get(cfg.optimized_metric)
+        return run(cfg).get(cfg.optimized_metric)
 
 
 if __name__ == "__main__":

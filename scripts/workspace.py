@@ -17,13 +17,16 @@ import logging
 import hydra
 from omegaconf import DictConfig
 
+from bnkit.mistakes import told_plainly
+
 
 @hydra.main(version_base="1.3", config_path="pkg://bnkit.conf", config_name="workspace")
 def main(cfg: DictConfig) -> None:
     """Create or write the workspace."""
-    from bnkit.dashboard.workspace import make  # only now: --help need not wait for W&B
+    with told_plainly():
+        from bnkit.dashboard.workspace import make  # only now: --help need not wait for W&B
 
-    logging.getLogger(__name__).info("Workspace: %s", make(**cfg))
+        logging.getLogger(__name__).info("Workspace: %s", make(**cfg))
 
 
 if __name__ == "__main__":

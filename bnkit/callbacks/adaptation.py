@@ -13,8 +13,9 @@ from torch import nn
 
 from bnkit.callbacks.evaluation_data import EvaluationData, loader_names
 from bnkit.callbacks.order import run_before_other_callbacks
+from bnkit.callbacks.own_forward import own_forward
 from bnkit.callbacks.strategies import refuse_sharding
-from bnkit.feeding import Forward, default_forward
+from bnkit.feeding import Forward
 from bnkit.layers import batch_norm_layers, tracks_statistics
 from bnkit.norms import Variant
 from bnkit.preservation import undoing
@@ -179,13 +180,9 @@ class BatchNormAdaptation(Callback):
         self._restore(pl_module)
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule, index: int, name: int | str) -> None:
-        def forward(model: nn.Module, batch: Any) -> Any:
-            with trainer.precision_plugin.forward_context():
-                return (self._forward or default_forward)(model, batch)
-
         data = EvaluationData(trainer, pl_module, index)
         self._source = read_statistics(pl_module)  # kept before anything changes: Ctrl-C may come right after
-        report = recalibrate(pl_module, data, forward=forward, **self._options)
+        report = recalibrate(pl_module, data, forward=own_forward(trainer, self._forward), **self._options)
         self.reports[name] = report
         if trainer.state.fn != TrainerFn.PREDICTING and not trainer.barebones:
             values = {

@@ -8,21 +8,23 @@ from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader
 
 from bnkit import ranks
 from bnkit.callbacks.order import run_after_other_callbacks
+from bnkit.callbacks.own_forward import nothing_logged, own_forward
 from bnkit.callbacks.recalibration import BatchNormRecalibration
 from bnkit.callbacks.strategies import refuse_sharding
 from bnkit.callbacks.training_data import TrainingData
 from bnkit.diagnosis import SEVERITIES, Finding, Severity, diagnose, table
 from bnkit.diagnosis.examine import check_codes
-from bnkit.feeding import Forward, default_forward, known_samples_in
+from bnkit.diagnosis.sample import try_sample
+from bnkit.feeding import Forward, known_samples_in
 from bnkit.layers import batch_norm_layers
 from bnkit.preservation import random_states_preserved
+from bnkit.stand_ins import waits_for_ranks
 
 __all__ = ["BatchNormDiagnosis"]
 
@@ -85,7 +87,8 @@ class BatchNormDiagnosis(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Diagnose, and say so."""
-        found, unmeasured = self._diagnose(trainer, pl_module)
+        with nothing_logged(pl_module):  # its forward is traced too
+            found, unmeasured = self._diagnose(trainer, pl_module)
         # What ranks measure differs with their batches, and all of them have to go on, or none.
         self.findings, unmeasured = ranks.all_gather_object((found, unmeasured))[0]
         if trainer.is_global_zero:
@@ -114,8 +117,9 @@ class BatchNormDiagnosis(Callback):
                 if not unmeasured:
                     if options["batch_size"] is None:
                         options["batch_size"] = known_samples_in(batch)
+                    forward = own_forward(trainer, self._forward)
                     try:
-                        return diagnose(pl_module, sample=batch, forward=self._run_by(trainer), **options), ""
+                        return diagnose(pl_module, sample=batch, forward=forward, **options), ""
                     except Exception as error:  # a user's model may do anything, and no diagnosis is worth a training
                         unmeasured = _in_words(error)
             try:
@@ -124,7 +128,7 @@ class BatchNormDiagnosis(Callback):
                 return [], _in_words(error)
 
     def _batch(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, str]:
-        """A training batch on every rank, or why there is none on some."""
+        """A training batch on every rank, which the module can be run on, or why there is none on some."""
         batches: list[Any] = []
         why = ""
         try:
@@ -137,15 +141,14 @@ class BatchNormDiagnosis(Callback):
             )
         except Exception as error:
             why = f"a batch could not be read: {_in_words(error)}"
+        try:
+            # One rank must not fail by itself where the others wait for it.
+            if batches and any(waits_for_ranks(layer) for layer in batch_norm_layers(pl_module).values()):
+                try_sample(pl_module, batches[0], own_forward(trainer, self._forward))
+        except Exception as error:
+            why = _in_words(error)
         why = next((said for said in ranks.all_gather_object(why) if said), "")
         return (batches[0] if batches else None), why
-
-    def _run_by(self, trainer: Trainer) -> Forward:
-        def forward(model: nn.Module, batch: Any) -> Any:
-            with trainer.precision_plugin.forward_context():
-                return (self._forward or default_forward)(model, batch)
-
-        return forward
 
     # ------------------------------------------------------------------ how it is told
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper, _IndexBatchSamplerWrapper
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -18,6 +19,8 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
 )
+
+from bnkit.preservation import random_states_preserved
 
 __all__ = ["chunks", "own_loader"]
 
@@ -87,7 +90,7 @@ def own_loader(loader: Any, share: Share, *, what: str, cure: str) -> DataLoader
     elif batch_sampler is not None:
         batch_sampler = _rewound(copied(batch_sampler, "batch sampler", loader.dataset))
         return DataLoader(loader.dataset, batch_sampler=batch_sampler, **settings)
-    if not _is_plain(sampler):
+    if not _is_plain(sampler, loader.dataset):
         sampler = _rewound(copied(sampler, "sampler", loader.dataset))
         return DataLoader(loader.dataset, batch_size=size, sampler=sampler, drop_last=drop_last, **settings)
     indices = share(loader, sampler, size)
@@ -107,21 +110,27 @@ def chunks(indices: list[int], size: int, drop_last: bool) -> list[list[int]]:
     return found
 
 
-def _is_plain(sampler: Any) -> bool:
-    """Whether the sampler draws every sample once, in plain or random order."""
-    if type(sampler) is RandomSampler:
-        return not sampler.replacement and sampler._num_samples is None
+def _is_plain(sampler: Any, dataset: Any) -> bool:
+    """Whether the sampler draws every sample of the data set once, in plain or random order."""
     if isinstance(sampler, UnrepeatedDistributedSamplerWrapper):  # Lightning's, in predict on several devices
-        return _is_plain(sampler.dataset._sampler)  # type: ignore[attr-defined]
-    return type(sampler) is SequentialSampler or (
-        isinstance(sampler, DistributedSampler) and type(sampler).__iter__ is DistributedSampler.__iter__
-    )
+        return _is_plain(sampler.dataset._sampler, dataset)  # type: ignore[attr-defined]
+    if isinstance(sampler, DistributedSampler):
+        return type(sampler).__iter__ is DistributedSampler.__iter__ and _are_all(sampler.dataset, dataset)
+    if type(sampler) is RandomSampler and (sampler.replacement or sampler._num_samples is not None):
+        return False
+    return type(sampler) in (RandomSampler, SequentialSampler) and _are_all(sampler.data_source, dataset)
+
+
+def _are_all(source: Any, dataset: Any) -> bool:
+    """Whether a sampler made for ``source``, such as ``range(100)``, draws from the whole data set."""
+    return source is dataset or len(source) == len(dataset)
 
 
 def _rewound(sampler: Any) -> Any:
     """The sampler at the beginning of an epoch: a resumable one was copied in the middle, or at the end, of one."""
     if hasattr(sampler, "__len__"):
-        # One more than there are, so that it notices the end.
-        for _ in itertools.islice(sampler, len(sampler) + 1):
-            pass
+        with random_states_preserved(nn.Identity()):  # most samplers draw from the global generators
+            # One more than there are, so that it notices the end.
+            for _ in itertools.islice(sampler, len(sampler) + 1):
+                pass
     return sampler

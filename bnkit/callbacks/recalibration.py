@@ -9,13 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnkit.callbacks.order import run_after_other_callbacks
+from bnkit.callbacks.own_forward import own_forward
 from bnkit.callbacks.strategies import refuse_sharding
 from bnkit.callbacks.training_data import TrainingData
-from bnkit.feeding import Forward, default_forward
+from bnkit.feeding import Forward
 from bnkit.layers import batch_norm_layers, tracks_statistics
 from bnkit.norms import Variant
 from bnkit.recalibration import check_arguments, recalibrate
@@ -201,14 +201,10 @@ class BatchNormRecalibration(Callback):
         if not self._layers_to_recalibrate(pl_module):
             return  # on_fit_start has said so
 
-        def forward(model: nn.Module, batch: Any) -> Any:
-            with trainer.precision_plugin.forward_context():
-                return (self._forward or default_forward)(model, batch)
-
         self.report = recalibrate(
             pl_module,
             TrainingData(trainer, pl_module, self._dataloader),
-            forward=forward,
+            forward=own_forward(trainer, self._forward),
             frozen=self._to_keep(pl_module),
             **self._options,
         )

@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from bnkit import ranks
+from bnkit.callbacks.own_forward import own_forward
 from bnkit.dashboard.keys import per_layer
 from bnkit.dashboard.scalars import dropout_scalars
-from bnkit.feeding import Forward, default_forward
+from bnkit.feeding import Forward
 from bnkit.layers import batch_norm_layers
 from bnkit.monitoring import Monitor
 from bnkit.norms import Variant
@@ -111,7 +112,7 @@ class ShiftProbes:
         if all(torch.equal(after[name], value) for name, value in weights.items()):
             return {}  # gradients are accumulated: there was no step
         self._next_covariate_step = self._step + self._covariate_every
-        forward, loss = self._forward_of(trainer), self._loss or default_loss
+        forward, loss = own_forward(trainer, self._forward), self._loss or default_loss
 
         def loss_of(model: nn.Module, batch: Any) -> Tensor:
             value = loss(forward(model, batch), batch)
@@ -146,7 +147,7 @@ class ShiftProbes:
         began = time.perf_counter()
         found: list[GapReport] = []
         with self._left_out_if_it_fails(pl_module, "_gap_works", "train-eval gap"):
-            found.append(train_eval_gap(pl_module, batch, forward=self._forward_of(trainer), loss=self._loss))
+            found.append(train_eval_gap(pl_module, batch, forward=own_forward(trainer, self._forward), loss=self._loss))
         if not found:
             return {}
         [gap] = found
@@ -175,13 +176,6 @@ class ShiftProbes:
     def _runs_here(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether on this rank: rank 0, and all where a forward waits for the others, as after a scheduled swap."""
         return trainer.is_global_zero or self._every_rank or _waits_for_ranks(pl_module)
-
-    def _forward_of(self, trainer: Trainer) -> Forward:
-        def forward(model: nn.Module, batch: Any) -> Any:
-            with trainer.precision_plugin.forward_context():
-                return (self._forward or default_forward)(model, batch)
-
-        return forward
 
 
 def is_compiled(module: nn.Module) -> bool:

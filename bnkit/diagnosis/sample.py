@@ -20,7 +20,7 @@ from bnkit.preservation import preserved, random_states_preserved, undoing
 from bnkit.probes import GapReport, train_eval_gap
 from bnkit.stand_ins import stand_ins
 
-__all__ = ["Call", "SampleRun", "run_sample"]
+__all__ = ["Call", "SampleRun", "run_sample", "try_sample"]
 
 _SLICE_ELEMENTS = 2**24
 
@@ -111,15 +111,7 @@ def run_sample(
     if not samples:
         raise ValueError("The sample holds no tensor with samples in it: pass a batch as your loader gives it.")
     run = SampleRun(samples)
-    with (
-        torch.inference_mode(any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))),
-        torch.no_grad(),
-        stand_ins(layers),
-        _parameters_preserved(model),
-        random_states_preserved(model),
-        preserved(model),
-        eager(),
-    ):
+    with stand_ins(layers), _left_alone(model):
         if not model.training:  # nobody knows what training will freeze
             for module in model.modules():
                 module.training = True
@@ -135,6 +127,32 @@ def run_sample(
     with _parameters_preserved(model), _reaching(model, layers, run):
         run.gap = train_eval_gap(model, batch, forward=forward, loss=lambda *_: None)  # type: ignore[arg-type]
     return run
+
+
+def try_sample(model: nn.Module, batch: Any, forward: Forward | None) -> None:
+    """Run the model on a batch in evaluation mode, in which no layer waits for other ranks; leave all as it was.
+
+    Raises:
+        Exception: of any kind, where that fails.
+    """
+    with _left_alone(model):
+        for module in model.modules():
+            module.training = False
+        feed(model, batch, 0, forward)
+
+
+@contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Run the model without gradient, and give everything back as it was."""
+    with (
+        torch.inference_mode(any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))),
+        torch.no_grad(),
+        _parameters_preserved(model),
+        random_states_preserved(model),
+        preserved(model),
+        eager(),
+    ):
+        yield
 
 
 @contextmanager

@@ -105,6 +105,7 @@ class Monitor:
         self._groups: list[StepMeasures] = []
         self._sampler = InputSampler({})
         self._count = 0  # steps seen
+        self._handed_out = 0  # alarms, by new_alarms
         self._seen: list[SeenStep] = []  # of those since the last snapshot
         self._without_dropout: Mapping[str, Moments] | None = None
         self.dropout_shift: dict[str, float] = {}
@@ -114,6 +115,12 @@ class Monitor:
     def alarms(self) -> list[Alarm]:
         """All alarms so far."""
         return self._watch.alarms
+
+    def new_alarms(self) -> list[Alarm]:
+        """The alarms since the last call, none after most steps: ``for alarm in monitor.new_alarms(): …``."""
+        new = self.alarms[self._handed_out :]
+        self._handed_out += len(new)
+        return new
 
     def refresh(self) -> None:
         """Look at the layers anew: some may have been frozen, swapped or moved since. Each snapshot does so too."""
@@ -237,6 +244,7 @@ class Monitor:
         """Go on from a ``state_dict``; of a model with other layers only the alarms are kept."""
         same = state["layers"] == list(self.layers)
         self._watch.restore(state["watch"], same_layers=same)
+        self._handed_out = len(self.alarms)  # before, by the monitor that they come from
         if not same:
             return
         self._count = state["count"]

@@ -87,10 +87,10 @@ class ImageData(LightningDataModule, ABC):
             ("validation_size", validation_size),
             ("train_size", train_size),
         ):
-            if size is not None and size < 1:
-                raise ValueError(f"data.{name} is {size}; it must be at least 1.")
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers is {num_workers}; it must be 0 (load in the main process) or more.")
+            if size is not None and not (isinstance(size, int) and size >= 1):
+                raise ValueError(f"data.{name} is {size!r}; it must be a whole number of at least 1.")
+        if not (isinstance(num_workers, int) and num_workers >= 0):
+            raise ValueError(f"data.num_workers is {num_workers!r}; it must be 0 (load in the main process) or more.")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.validation_size = validation_size

@@ -15,7 +15,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import bnkit
 from bnkit import norms
@@ -319,6 +326,40 @@ def test_a_chosen_subset_by_a_sampler_is_followed(tmp_path):
     chosen = [3, 5, 7, 11, 13, 17, 19, 23]
     trainer(tmp_path, [keeps]).test(_model(), _loader(data, 4, sampler=chosen), verbose=False)
     assert _same_samples(torch.cat(keeps.seen), data.x[chosen])
+
+
+def test_a_sampler_in_order_that_stops_early_is_followed(tmp_path):
+    keeps, data = Keeps(), Shifted()
+    first = SequentialSampler(range(20))
+    trainer(tmp_path, [keeps]).test(_model(), _loader(data, 16, sampler=first), verbose=False)
+    assert _same_samples(torch.cat(keeps.seen), data.x[:20])
+
+
+@pytest.mark.parametrize("callback", [BatchNormAdaptation, BatchNormRecalibration])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda data: WeightedRandomSampler([1.0] * len(data), 30),
+        lambda data: SubsetRandomSampler(range(30)),
+        lambda data: RandomSampler(data, replacement=True),
+    ],
+    ids=["weighted", "subset", "replacement"],
+)
+def test_samplers_that_draw_from_the_global_generator_leave_it_alone(tmp_path, sampler, callback):
+    drawn = []
+    for callbacks in ([], [callback()]):
+        model, data = _model(), Shifted()
+        loader = _loader(data, sampler=sampler(data))
+        engine = trainer(tmp_path, callbacks, max_epochs=1)
+        seed_everything(7, verbose=False)
+        if callback is BatchNormAdaptation:
+            engine.test(model, loader, verbose=False)
+        else:
+            engine.fit(model, loader, _loader(data))
+        drawn.append((torch.get_rng_state(), weights(model)))
+    (plain_state, plain), (state, ours) = drawn
+    assert torch.equal(plain_state, state)
+    assert all(torch.equal(plain[name], ours[name]) for name in plain)
 
 
 class _Stream(IterableDataset):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from bnkit.callbacks import BatchNormDiagnosis, BatchNormRecalibration, BatchNormSwap
-from bnkit.norms import Frozen, Group, Renorm
+from bnkit.norms import Frozen, Group, Renorm, Sync
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*log_every_n_steps")
 
@@ -224,6 +224,27 @@ def test_all_ranks_decide_alike_and_one_prints(tmp_path, fail_on, capfd):
     printed = capfd.readouterr().out
     assert printed.count("Diagnosis of Classifier") == 1
     assert "Each of the 2 ranks normalises its 4 by itself" in printed
+
+
+class OneRankFails(Classifier):
+    """Its sample fails on one rank, before a layer in which the other waits."""
+
+    def forward(self, x):
+        if self.trainer.global_rank == 1 and not torch.is_grad_enabled():
+            raise RuntimeError("not on this rank")
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.ddp
+def test_where_layers_wait_for_ranks_a_sample_that_fails_on_one_is_run_on_none(tmp_path, capfd):
+    fit(tmp_path, [BatchNormSwap(Sync()), BatchNormDiagnosis()], OneRankFails, devices=2, strategy="ddp_fork")
+    assert "Not measured: not on this rank." in capfd.readouterr().out
 
 
 # --- LightningCLI

@@ -158,6 +158,7 @@ def test_weight_averaging_sees_no_hook_of_ours(tmp_path, recwarn):
     assert not [w for w in recwarn if "configure_model" in str(w.message)]
 
 
+@pytest.mark.slow
 def test_a_compiled_module_trains_by_its_rules(tmp_path):
     torch.compiler.reset()
     trained = []

@@ -59,6 +59,23 @@ def test_a_sample_leaves_no_trace_also_after_ctrl_c(mode, fails_in):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_tracing_leaves_nothing_in_what_a_forward_collects():
+    class Collecting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.features, self.by_name = [], {}
+
+        def forward(self, x):
+            out = self.by_name["out"] = self.bn(self.conv(x))
+            self.features.append(out)
+            return out
+
+    model = Collecting()
+    assert [finding.code for finding in bnkit.diagnose(model, batch_size=32)] == ["BN302"]  # it was traced
+    assert (model.features, model.by_name) == ([], {})
+
+
 def test_two_diagnoses_of_one_model_are_the_same():
     model, sample = ConvNet(dropout=0.5), torch.randn(16, 2, 8, 8)
     assert bnkit.diagnose(model, sample=sample) == bnkit.diagnose(model, sample=sample)

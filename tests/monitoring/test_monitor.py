@@ -428,6 +428,7 @@ def test_between_snapshots_the_device_is_not_waited_for():
 # ---------------------------------------------------------------- alarms
 
 
+@pytest.mark.slow
 def test_the_stated_rate_of_false_alarms_is_kept_on_real_digits(digits):
     torch.manual_seed(0)
     model = ResNet(width=4, depths=(1, 1))
@@ -461,6 +462,7 @@ def test_an_epochs_small_last_batch_is_no_alarm():
     assert monitor.alarms == []
 
 
+@pytest.mark.slow
 def test_healthy_training_on_digits_raises_next_to_no_alarm(digits):
     torch.manual_seed(0)
     model = ResNet(width=4, depths=(1, 1))
@@ -593,6 +595,21 @@ def test_a_nan_in_one_batch_is_one_alarm_at_the_first_layer(frozen):
     assert poisoned[2].layers["bn2"].finite is True
 
 
+def test_new_alarms_are_handed_out_once_each():
+    model = ConvNet()
+    nn.init.constant_(model.bn1.bias, -9)
+    monitor, handed_out = Monitor(model, every_n_steps=2), []
+    assert monitor.new_alarms() == []
+    for x, y in _batches(8):
+        _train(model, [(x, y)], monitor, lr=0.0)
+        handed_out += monitor.new_alarms()
+    assert handed_out
+    assert handed_out == monitor.alarms
+    resumed = Monitor(model)
+    resumed.load_state_dict(monitor.state_dict())
+    assert resumed.new_alarms() == []
+
+
 def test_a_step_that_changes_its_inputs_is_not_taken_for_dropout():
     model = ConvNet(dropout=0.5)
     monitor = Monitor(model)
@@ -652,6 +669,7 @@ def _equal(one, other):
     return all(map(_equal, one, other)) if isinstance(one, tuple) else one == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [60, 117])  # at a snapshot, and between two
 def test_an_interrupted_monitor_goes_on_exactly_as_an_uninterrupted_one(at):
     outcomes = []

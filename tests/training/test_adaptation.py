@@ -43,6 +43,7 @@ def _error(model, images, labels, source):
     return float((predicted != labels).double().mean())
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_the_error_before_and_after_recalibration_on_the_same_images(cfg, monkeypatch):
     jobs = []
 
@@ -70,6 +71,7 @@ def test_what_is_measured_is_the_error_before_and_after_recalibration_on_the_sam
     assert found[by_severity, "noise, adapted", "4"] == pytest.approx(_error(adapted, corrupted, labels, job.source))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_and_tells_all_it_has(cfg, tmp_path, monkeypatch, capsys):
     trained = []
 

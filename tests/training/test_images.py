@@ -76,8 +76,10 @@ def test_a_worker_process_yields_the_same_batches():
     ("options", "names"),
     [
         ({"batch_size": 0}, "data.batch_size is 0"),
+        ({"batch_size": "abc"}, "data.batch_size is 'abc'"),
         ({"batch_size": 4, "eval_batch_size": -1}, "data.eval_batch_size is -1"),
         ({"batch_size": 4, "num_workers": -1}, "data.num_workers is -1"),
+        ({"batch_size": 4, "num_workers": "all"}, "data.num_workers is 'all'"),
     ],
 )
 def test_a_bad_size_is_named_at_once(options, names):
