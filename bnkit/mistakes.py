@@ -5,8 +5,8 @@ Quick to import, since every command waits for it before it shows its ``--help``
 
 from __future__ import annotations
 
-import dis
 import functools
+import linecache
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -88,7 +88,7 @@ def _on_purpose(error: Exception) -> bool:
     while trace.tb_next is not None:
         trace = trace.tb_next
     ours = str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == "bnkit"
-    return ours and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return ours and linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).strip().startswith("raise ")
 
 
 def names_missing_plugins(main: Callable[P, R]) -> Callable[P, R]:
