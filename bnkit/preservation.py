@@ -64,6 +64,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
             if module._buffers.keys() != named.keys() or any(module._buffers[n] is not b for n, b in named.items()):
                 module._buffers.clear()
                 module._buffers.update(named)
+            if module._non_persistent_buffers_set != non_persistent:
                 module._non_persistent_buffers_set.clear()
                 module._non_persistent_buffers_set.update(non_persistent)
         for buffer, storage, _ in kept:

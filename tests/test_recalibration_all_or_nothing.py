@@ -236,7 +236,7 @@ def test_a_model_that_overrides_train_is_not_asked_to():
 
 
 def test_ctrl_c_at_any_line_leaves_the_model_whole():
-    """Interrupt a recalibration at its n-th line of bnkit, for many n: the model is as it was, or calibrated."""
+    """Interrupt a recalibration at its n-th line of bnkit, for every n: the model is as it was, or calibrated."""
     data = inputs(2)
     model = Stateful()
     model(data[0])
@@ -277,7 +277,7 @@ def test_ctrl_c_at_any_line_leaves_the_model_whole():
         assert same or calibrated, f"interrupted at line {number}"
         assert snapshot(model)["modules"] == fresh, f"interrupted at line {number}"
         model.load_state_dict(start)
-        number += 7 if number > 20 else 1
+        number += 1
     assert number > 500
 
 
