@@ -16,6 +16,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HERE, os.environ.get("P
 os.environ.setdefault("WANDB_MODE", "offline")
 # OpenMP's threads do not survive a fork, and the tests fork: a forked process would wait for them for ever.
 torch.set_num_threads(1)
+# Nor do processes that tests start compete for the cores with those that run tests beside them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
